@@ -24,6 +24,7 @@ from postprocess.preparation import Preparation, import_torch
 from postprocess.run_folder import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
+    RESULT_FILES,
     Run,
     find_base,
     hub_commit,
@@ -38,13 +39,7 @@ from preprocess.core.files import read_json, remove_leftovers
 from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
 from recipes.pairwise.contract import TOKENIZER_FILES
 
-RUN_FILES = (
-    "contract.json",
-    "model_input.py",
-    "metrics.json",
-    "predictions.parquet",
-    *TOKENIZER_FILES,
-)
+RUN_FILES = (*RESULT_FILES, *TOKENIZER_FILES)
 MOST_REPEATS = 20
 
 # The folder of the merged model: one that the user asked for, or one that is removed at the end.
@@ -64,26 +59,16 @@ MODEL_FOLDERS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line.
+    """Options of the command line."""
 
-    Attributes:
-        keep_merged: Keep the merged model in 16 bits in the run folder.
-        repeat: How many times to quantise, each time calibrated on other rows; the best is packaged.
-    """
-
-    keep_merged: bool = False
-    repeat: int = 1
+    keep_merged: bool = False  # in 16 bits, in the run folder
+    repeat: int = 1  # how many times to quantise, each time calibrated on other rows
 
 
 def package_recipe(recipe: Recipe, options: Options = Options()) -> Path:
-    """Bring the package of a recipe's run up to date.
+    """Bring the package of a recipe's run up to date, and return its folder.
 
-    Args:
-        recipe: Its run was trained before; with `train: false`, the run folder is made here.
-        options: Options of the command line.
-
-    Returns:
-        The package's folder.
+    With `train: false`, the run folder is made here; any other run was trained before.
 
     Raises:
         UserError: The run cannot be packaged, or the models do not agree; no package is left then.
@@ -96,9 +81,6 @@ def package_recipe(recipe: Recipe, options: Options = Options()) -> Path:
 
 def package_mean(recipe: Recipe, members: Sequence[Path], options: Options = Options()) -> Path:
     """Bring the package of the mean of several runs up to date, in the folder `mean` of the run folder.
-
-    Returns:
-        The package's folder.
 
     Raises:
         UserError: The runs cannot be averaged or packaged, or the models do not agree.
@@ -131,15 +113,12 @@ def locked(run_folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Models:
-    """The folders of the models that are made of a run and compared with it.
+    """The folders of the models that are made of a run and compared with it."""
 
-    Attributes:
-        merged: The merged model in 16 bits; None with `adapter: unmerged`. It may still have to be
-            made: it is on the disk only while another stage reads it, unless it is kept.
-        candidates: The models that could be packaged, by the names that agreement.json gives them.
-    """
-
+    # The merged model in 16 bits; None with `adapter: unmerged`. It may still have to be made: it
+    # is on the disk only while another stage reads it, unless it is kept.
     merged: Path | None
+    # The models that could be packaged, by the names that agreement.json gives them.
     candidates: Mapping[str, Path]
 
     def compared_folders(self) -> dict[str, Path]:
@@ -151,16 +130,22 @@ class Models:
 
 def make_all_stages(run: Run, options: Options) -> Path:
     """Bring every stage of a run up to date, and return the package's folder."""
-    check_repeat(run.recipe, options)
+    quantize = run.recipe.pairwise.package.quantize
+    if options.repeat > 1 and quantize not in GPTQ_BITS:
+        raise UserError(
+            f"--repeat: quantize: {quantize} always gives the same bytes; "
+            f"only {' and '.join(GPTQ_BITS)} depend on chance"
+        )
+
     preparation = Preparation(run)
     models = make_models(run, options, preparation)
     report = make_agreement(run, models, preparation)
 
     best_candidate = read_json(report)["packaged"]
-    make_package(run, models.candidates[best_candidate], report)
+    package_folder = make_package(run, models.candidates[best_candidate], report)
 
     remove_outdated_models(run, models)
-    return package_folder(run)
+    return package_folder
 
 
 def make_models(run: Run, options: Options, preparation: Preparation) -> Models:
@@ -198,16 +183,6 @@ def make_merged_candidates(
     if quantize == "none":
         return {"quantised": merged}
     return {"quantised": make_quantised(run, merged, preparation)}
-
-
-def check_repeat(recipe: Recipe, options: Options) -> None:
-    """Raise UserError where a model would be quantised several times that is the same each time."""
-    quantize = recipe.pairwise.package.quantize
-    if options.repeat > 1 and quantize not in GPTQ_BITS:
-        raise UserError(
-            f"--repeat: quantize: {quantize} always gives the same bytes; "
-            f"only {' and '.join(GPTQ_BITS)} depend on chance"
-        )
 
 
 def choose_merged_folder(run: Run, options: Options) -> Path:
@@ -295,14 +270,7 @@ def make_average(recipe: Recipe, members: Sequence[Path]) -> None:
 
 def merge_stage(run: Run, merged: Path) -> Stage:
     """Describe the stage that writes the merged model in 16 bits into the folder `merged`."""
-    return Stage(
-        run.folder,
-        "merge",
-        inputs=run.source_files(),
-        settings={},
-        outputs=[merged],
-        code=stage_code.MERGE,
-    )
+    return Stage(run.folder, "merge", run.source_files(), {}, [merged], stage_code.MERGE)
 
 
 def make_merged(run: Run, merged: Path, preparation: Preparation) -> None:
@@ -331,14 +299,7 @@ def make_quantised(run: Run, merged: Path, preparation: Preparation) -> Path:
         inputs += run.validation_files()
         settings["fold"] = block.fold
 
-    stage = Stage(
-        run.folder,
-        "quantise",
-        inputs=inputs,
-        settings=settings,
-        outputs=[quantised],
-        code=stage_code.QUANTISE,
-    )
+    stage = Stage(run.folder, "quantise", inputs, settings, [quantised], stage_code.QUANTISE)
     if skip_if_current(stage):
         return quantised
 
@@ -354,13 +315,10 @@ def make_quantised(run: Run, merged: Path, preparation: Preparation) -> Path:
 def make_gptq_models(
     run: Run, merged: Path, repeat: int, preparation: Preparation
 ) -> dict[str, Path]:
-    """Bring the GPTQ models up to date, each calibrated on other rows.
+    """Bring the GPTQ models up to date, each calibrated on other rows: quantised, quantised-2 and so on.
 
     There are `repeat` of them at least. Further ones that an earlier call made stay among them while
     they are up to date.
-
-    Returns:
-        The models' folders by name: quantised, quantised-2, …
     """
     folders = {}
     for seed, stage in enumerate(list_gptq_stages(run, repeat)):
@@ -391,12 +349,7 @@ def list_gptq_stages(run: Run, repeat: int) -> list[Stage]:
 
 
 def gptq_stage(run: Run, seed: int) -> Stage:
-    """Describe the stage that makes one GPTQ model.
-
-    Args:
-        run: The run that is packaged.
-        seed: Decides which rows it is calibrated on; 0 for the first model.
-    """
+    """Describe the stage that makes one GPTQ model; the seed decides which rows it is calibrated on."""
     # The first is called quantised, as it is where there is one only, the others quantised-2, …
     number = "" if seed == 0 else f"-{seed + 1}"
     block = run.recipe.pairwise
@@ -413,13 +366,9 @@ def gptq_stage(run: Run, seed: int) -> Stage:
 def make_unmerged(run: Run, preparation: Preparation) -> Path:
     """Bring the model of nf4 base and separate adapter up to date, and return its folder."""
     folder = run.folder / "unmerged"
+    settings = {"to": "nf4"}
     stage = Stage(
-        run.folder,
-        "unmerged",
-        inputs=run.source_files(),
-        settings={"to": "nf4"},
-        outputs=[folder],
-        code=stage_code.UNMERGED,
+        run.folder, "unmerged", run.source_files(), settings, [folder], stage_code.UNMERGED
     )
     if skip_if_current(stage):
         return folder
@@ -441,18 +390,14 @@ def make_agreement(run: Run, models: Models, preparation: Preparation) -> Path:
     Raises:
         UserError: The models do not agree.
     """
-    package_settings = run.recipe.pairwise.package
     report = run.folder / "agreement.json"
+    tolerances = {"tolerance", "tolerance_log_loss", "tolerance_verdicts"}
+    settings = run.recipe.pairwise.package.model_dump(include=tolerances)
     stage = Stage(
         run.folder,
         "agreement",
         inputs=[*compared_files(run, models), run.folder / "metrics.json"],
-        settings={
-            "candidates": list(models.compared_folders()),
-            "tolerance": package_settings.tolerance,
-            "tolerance_log_loss": package_settings.tolerance_log_loss,
-            "tolerance_verdicts": package_settings.tolerance_verdicts,
-        },
+        settings={"candidates": list(models.compared_folders()), **settings},
         outputs=[report, report.with_suffix(".parquet")],
         code=stage_code.AGREEMENT,
     )
@@ -478,27 +423,17 @@ def make_agreement(run: Run, models: Models, preparation: Preparation) -> Path:
 def make_scores(run: Run, models: Models, part: int, preparation: Preparation) -> Path:
     """Bring the probabilities that the models give up to date.
 
-    Args:
-        run: The run that is packaged.
-        models: The models that are compared with the trained one.
-        part: 0 for the first validation rows, 1 for those that are added to them, …
-        preparation: Called before anything is made.
-
     Returns:
-        The file with the probabilities. Other tolerances need no other ones.
+        The file with the probabilities: `part` 0 is of the first validation rows, 1 of those that are added to
+        them, … Other tolerances need no other ones.
     """
     folders = models.compared_folders()
     # scores.json, scores-2.json, …
-    number = "" if part == 0 else f"-{part + 1}"
-    scores_file = run.folder / f"scores{number}.json"
-    stage = Stage(
-        run.folder,
-        f"scores{number}",
-        inputs=compared_files(run, models),
-        settings={"candidates": list(folders)},
-        outputs=[scores_file],
-        code=stage_code.SCORES,
-    )
+    name = "scores" if part == 0 else f"scores-{part + 1}"
+    scores_file = run.folder / f"{name}.json"
+    inputs = compared_files(run, models)
+    settings = {"candidates": list(folders)}
+    stage = Stage(run.folder, name, inputs, settings, [scores_file], stage_code.SCORES)
     if skip_if_current(stage):
         return scores_file
 
@@ -520,19 +455,20 @@ def compared_files(run: Run, models: Models) -> list[Path]:
     return files
 
 
-def make_package(run: Run, model: Path, report: Path) -> None:
-    """Bring the package up to date."""
+def make_package(run: Run, model: Path, report: Path) -> Path:
+    """Bring the package up to date, and return its folder."""
+    folder = run.folder / "package"
     run_files = files_named(["contract.json", "model_input.py", "metrics.json"], run.folder)
     stage = Stage(
         run.folder,
         "package",
         inputs=[*files_of(model), report, *run_files, *run.validation_files()],
         settings=run.recipe.pairwise.package.model_dump(),
-        outputs=[package_folder(run)],
+        outputs=[folder],
         code=stage_code.PACKAGE,
     )
     if skip_if_current(stage):
-        return
+        return folder
 
     import_torch()
     from postprocess.agreement.validation_rows import validation_ids
@@ -540,7 +476,8 @@ def make_package(run: Run, model: Path, report: Path) -> None:
 
     with making(stage):
         temperatures = measure_temperatures(run)
-        package(run, model, report, validation_ids(run), temperatures, package_folder(run))
+        package(run, model, report, validation_ids(run), temperatures, folder)
+    return folder
 
 
 def remove_outdated_models(run: Run, models: Models) -> None:
@@ -556,11 +493,6 @@ def remove_outdated_models(run: Run, models: Models) -> None:
         for folder in run.folder.glob(pattern):
             if folder not in kept_folders:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def package_folder(run: Run) -> Path:
-    """Return where a run's package is written."""
-    return run.folder / "package"
 
 
 def files_of(folder: Path) -> list[Path]:

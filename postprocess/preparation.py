@@ -1,7 +1,6 @@
 """What comes before the first stage of postprocessing that has something to do. pipeline.py calls this.
 
-What needs torch is imported inside the functions: that takes seconds, which a run that is up to date
-need not wait for.
+What needs torch is imported late: that takes seconds, which a run that is up to date need not wait for.
 """
 
 import shutil

@@ -12,14 +12,7 @@ from types import ModuleType
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from kaggle_kernels.runtime.package import (
     PackageError,
@@ -28,10 +21,13 @@ from kaggle_kernels.runtime.package import (
     read_tokenizer,
 )
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_json, sha256
+from preprocess.core.files import read_object, sha256
 from preprocess.model_input import Contract
 from recipes.pairwise.config.earlier_runs import is_same_model
 from recipes.pairwise.config.schema import HOW_TO_GET_IT, Recipe
+
+# What a training leaves beside weights and tokenizer.
+RESULT_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
 
 HEADS = ("score", "label_tokens", "reward")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -196,17 +192,14 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
             f"{recipe.path}: base_model is {base_model}, the run was trained with {base_in_recipe_then} ({contract_file}); "
             "put that back, or train again"
         )
-    if has_adapter:
-        check_base_of_adapter(recipe.run_folder, contract)
+    if not has_adapter:
+        return
 
-
-def check_base_of_adapter(folder: Path, contract: Contract) -> None:
-    """Raise UserError where the adapter was trained on another base than the contract says."""
-    adapter_base = adapter_settings(folder).get("base_model_name_or_path")
+    adapter_base = adapter_settings(recipe.run_folder).get("base_model_name_or_path")
     if adapter_base and not is_same_model(adapter_base, contract.base_model):
         raise UserError(
-            f"{folder / ADAPTER_SETTINGS}: base_model_name_or_path is {adapter_base}, "
-            f"{folder / 'contract.json'} says base_model {contract.base_model}: "
+            f"{recipe.run_folder / ADAPTER_SETTINGS}: base_model_name_or_path is {adapter_base}, "
+            f"{contract_file} says base_model {contract.base_model}: "
             "an adapter of another base; put the run's own adapter back, or train again"
         )
 
@@ -214,14 +207,11 @@ def check_base_of_adapter(folder: Path, contract: Contract) -> None:
 def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
     """Read a run's contract, and execute the run's own model_input.py once its hash is the contract's.
 
-    Returns:
-        The contract and the module.
-
     Raises:
         UserError: The contract is damaged, or model_input.py is not the one of the training.
     """
     file = folder / "contract.json"
-    recorded = read_recorded_object(file)
+    recorded = read_object(file)
 
     code_file = folder / "model_input.py"
     expected_hash = recorded.get("model_input_sha256")
@@ -240,21 +230,6 @@ def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
         raise UserError(f"{file}: {error}") from None
     check_head(contract, file)
     return contract, model_input
-
-
-def read_recorded_object(file: Path) -> dict:
-    """Read a JSON file of the training that holds an object."""
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{file}: expected an object, found {shorten(values)}; restore it or train again"
-        )
-    return values
-
-
-def shorten(value: object, length: int = SHOWN_CHARACTERS) -> str:
-    """Write a wrong value as JSON, cut for a message of one line."""
-    return json.dumps(value)[:length]
 
 
 def check_tokenizer_files(folder: Path, contract: Contract) -> None:
@@ -280,11 +255,7 @@ def checked_tokenizer(run: Run):
 
 
 def check_types(contract_class: type, recorded: dict, file: Path) -> None:
-    """Check that the values of a contract have the types of the contract's class; absent keys are let by.
-
-    Raises:
-        UserError: A value has another type.
-    """
+    """Check that the values of a contract have the types of the contract's class; absent keys are let by."""
     # The golden rows hold lone surrogates, which pydantic does not read: they are checked apart.
     without_golden = json.dumps(recorded | {"golden": []})
     try:
@@ -306,7 +277,8 @@ def check_types(contract_class: type, recorded: dict, file: Path) -> None:
 def describe_problem(file: Path, problem: Mapping) -> str:
     """Write what pydantic found wrong in a file of the training."""
     key = ".".join(map(str, problem["loc"]))
-    return f"{file}: {key}: {problem['msg']}, found {shorten(problem['input'])}; restore it or train again"
+    value = json.dumps(problem["input"])[:SHOWN_CHARACTERS]
+    return f"{file}: {key}: {problem['msg']}, found {value}; restore it or train again"
 
 
 def check_head(contract: Contract, file: Path) -> None:
@@ -342,9 +314,6 @@ def find_base(name: str, revision: str | None, source: str = "contract.json") ->
         name: The folder, or the repository as owner/name.
         revision: The repository's commit, branch or tag; None for main.
         source: The file that names the base model, for the message.
-
-    Raises:
-        UserError: There is no such model.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -376,13 +345,9 @@ def hub_commit(folder: Path) -> str | None:
 
 
 def adapter_settings(folder: Path) -> dict:
-    """Read a run's adapter_config.json, and check what merging needs of it.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Read a run's adapter_config.json, and check what merging needs of it."""
     file = folder / ADAPTER_SETTINGS
-    settings = read_recorded_object(file)
+    settings = read_object(file)
     try:
         LoraNumbers.model_validate(settings)
     except ValidationError as error:

@@ -22,10 +22,7 @@ MODEL_CLASS = (
 SCORING = ("kaggle_kernels/runtime/models",)
 
 # On which devices models are loaded.
-DEVICES = (
-    "kaggle_kernels/runtime/models/placement.py",
-    "postprocess/agreement/devices.py",
-)
+DEVICES = ("kaggle_kernels/runtime/models/placement.py", "postprocess/agreement/devices.py")
 
 # The model as trained, beside which a package is compared.
 REFERENCE = (
@@ -80,11 +77,7 @@ GPTQ = (
 )
 
 # The base in nf4, with the adapter beside it.
-UNMERGED = (
-    *MERGE,
-    *REFERENCE,
-    "postprocess/weights/nf4_base_plus_adapter.py",
-)
+UNMERGED = (*MERGE, *REFERENCE, "postprocess/weights/nf4_base_plus_adapter.py")
 
 # The probabilities of one model, trained or packaged.
 SCORES = (
@@ -106,10 +99,8 @@ PACKAGE = (
     "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
     "kaggle_kernels/runtime/models/shortcuts.py",
-    "postprocess/agreement/comparison.py",
-    "postprocess/agreement/conditions.py",
+    "postprocess/agreement/slices.py",
     "postprocess/agreement/statistics.py",
-    "postprocess/agreement/table.py",
     "postprocess/agreement/validation_rows.py",
     "postprocess/package.py",
     "postprocess/report/calibration.py",

@@ -34,20 +34,15 @@ FULL_DISK_MESSAGES = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 class Stage:
     """One step from a run to its package, with everything that decides its result.
 
-    Attributes:
-        run_folder: The folder that holds the record.
-        name: The stage's name, in the record and on the screen.
-        inputs: The files that the stage reads. Those that do not exist are left out.
-        settings: The options that change the result.
-        outputs: The files or folders that the stage makes, the one that is written last in front.
-        code: The source files, and folders of them, that decide the result; see stage_code.py.
+    `outputs` are the files or folders that it makes, the one that is written last in front.
     """
 
-    run_folder: Path
-    name: str
-    inputs: Sequence[Path]
-    settings: Mapping[str, object]
+    run_folder: Path  # holds the record
+    name: str  # in the record and on the screen
+    inputs: Sequence[Path]  # those that do not exist are left out
+    settings: Mapping[str, object]  # the options that change the result
     outputs: Sequence[Path]
+    # The source files, and folders of them, that decide the result; see stage_code.py.
     code: Sequence[str]
 
 
@@ -77,9 +72,6 @@ def making(stage: Stage) -> Iterator[str]:
 
     Yields:
         The stage's key, under which an interrupted merge can continue.
-
-    Raises:
-        UserError: The disk is full, whichever library met it.
     """
     # Taken before the block: an input that changes meanwhile makes the stage out of date again.
     key = stage_key(stage)
@@ -90,7 +82,7 @@ def making(stage: Stage) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        if not is_full_disk(error):
+        if not any(message in str(error) for message in FULL_DISK_MESSAGES):
             raise
         raise UserError(
             f"{stage.outputs[0]}: cannot be written ({error}); make room on the disk, then run this again"
@@ -123,9 +115,6 @@ def stage_key(stage: Stage) -> str:
 def code_hashes(code: Iterable[str]) -> dict[str, str]:
     """Hash source files by content, so that a fresh checkout of the same code changes nothing.
 
-    Args:
-        code: Paths below the root of the repository; of a folder, every Python file counts.
-
     Raises:
         FileNotFoundError: A path does not exist; code that moved must not leave the key unnoticed.
     """
@@ -151,11 +140,6 @@ def read_record(run_folder: Path) -> dict[str, dict]:
             f"{file}: expected an object of stages; remove the file, and every stage is made again"
         )
     return stages
-
-
-def is_full_disk(error: Exception) -> bool:
-    """Whether an error, of whichever library, says that the disk or the quota is full."""
-    return any(message in str(error) for message in FULL_DISK_MESSAGES)
 
 
 def files_in(outputs: Iterable[Path]) -> list[Path]:

@@ -49,10 +49,7 @@ class Trial:
 @click.command(help=__doc__)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--by",
-    type=click.Choice(RANKED_BY),
-    default="log_loss",
-    help="What decides which is best.",
+    "--by", type=click.Choice(RANKED_BY), default="log_loss", help="What decides which is best."
 )
 @exits_with_2
 def main(folder: Path, by: str) -> None:
@@ -81,11 +78,7 @@ def main(folder: Path, by: str) -> None:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """Read the trials of a sweep; one that was trained on several folds is one trial for each.
-
-    Raises:
-        UserError: There is no trial, or the metrics of one are not those of a training.
-    """
+    """Read the trials of a sweep; one that was trained on several folds is one trial for each."""
     trials = []
     for path in sorted(folder.glob("sweep*")):
         is_trial = path.is_dir() and TRIAL.fullmatch(path.name)
@@ -188,9 +181,7 @@ def find_parameters(trials: Sequence[Trial]) -> list[str]:
 def sort_trials(trials: Sequence[Trial], by: str) -> list[Trial]:
     """Sort trials, the best first; those without metrics come last, by name.
 
-    Args:
-        trials: The trials.
-        by: log_loss or accuracy; of trials that are equal by it, the other one decides.
+    Of trials that are equal by log_loss or accuracy, the other one decides.
     """
 
     def rank(trial: Trial) -> tuple[float, float]:
@@ -201,22 +192,14 @@ def sort_trials(trials: Sequence[Trial], by: str) -> list[Trial]:
             return (error_rate, log_loss)
         return (log_loss, error_rate)
 
-    finished = []
-    unfinished = []
-    for trial in sorted(trials, key=lambda trial: trial.name):
-        if trial.status == FINISHED:
-            finished.append(trial)
-        else:
-            unfinished.append(trial)
+    by_name = sorted(trials, key=lambda trial: trial.name)
+    finished = [trial for trial in by_name if trial.status == FINISHED]
+    unfinished = [trial for trial in by_name if trial.status != FINISHED]
     return sorted(finished, key=rank) + unfinished
 
 
 def describe_uncertainty(finished: Sequence[Trial]) -> str:
-    """Say what to know before one trial is called better than another.
-
-    Args:
-        finished: The trials that have metrics, the best first; one at least.
-    """
+    """Say what to know before one trial, of which the best is first, is called better than another."""
     # The fold and the pairs file decide which rows a trial was validated on.
     validated_on = set()
     for trial in finished:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from postprocess.agreement.statistics import Estimate
-from postprocess.agreement.table import FEW_GROUPS
+from postprocess.agreement.statistics import FEW_GROUPS, Estimate
 from postprocess.agreement.validation_rows import read_metrics
 from postprocess.report.calibration import estimate_temperature
 from postprocess.report.metrics import score_rows

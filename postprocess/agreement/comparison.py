@@ -11,13 +11,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from postprocess.agreement.conditions import (
-    HOLDS,
-    TOLERANCE_KEY,
-    Condition,
-    list_conditions,
-    summarise,
-)
+from postprocess.agreement.conditions import HOLDS, TOLERANCE_KEY, list_conditions, summarise
 from postprocess.agreement.statistics import (
     QUANTISED,
     RESAMPLES,
@@ -38,10 +32,9 @@ NO_CANDIDATES = ("recorded", "trained", "merged")
 
 
 def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock) -> dict:
-    """Compare the columns, choose the candidate that is packaged, and judge it.
+    """Compare the columns, and judge the candidate that is nearest to `trained` on average: it is packaged.
 
-    Returns:
-        What agreement.json holds. Of the candidates, `packaged` is the nearest to `trained` on average.
+    What agreement.json holds is returned.
     """
     by_name = {column.name: column for column in columns}
     resamples = resample(rows.groups_r)
@@ -58,6 +51,9 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
 
     conditions = list_conditions(packaged, by_name, rows, package)
     verdict = summarise(conditions)
+    deciding_differences = [
+        condition.value for condition in conditions if condition.bound_name == TOLERANCE_KEY
+    ]
     report = {
         "rows": len(rows.labels_rv),
         "groups": resamples.counts_sg.shape[1],
@@ -65,7 +61,8 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
         "tolerance": package.tolerance,
         "packaged": packaged,
         "candidates": candidates,
-        "mean_difference": find_worst_difference(conditions),
+        # np.max, unlike max, hands a NaN on.
+        "mean_difference": float(np.max(deciding_differences)),
         "agrees": verdict == HOLDS,
         "verdict": verdict,
         "conditions": [asdict(condition) for condition in conditions],
@@ -113,18 +110,6 @@ def find_nearest(mean_differences: Mapping[str, float]) -> str:
     return min(finite_differences, key=finite_differences.get)
 
 
-def find_worst_difference(conditions: Sequence[Condition]) -> float:
-    """Find the largest of the mean differences that decide."""
-    values = []
-    for condition in conditions:
-        # The other conditions have figures of other kinds.
-        if condition.bound_name == TOLERANCE_KEY:
-            values.append(condition.value)
-
-    # np.max, unlike max, hands a NaN on.
-    return float(np.max(values))
-
-
 def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[str, dict]:
     """Measure what packaging changes row by row: accuracy and log loss, each with its interval.
 
@@ -148,10 +133,6 @@ def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[
 
 def describe_repeats(models: Mapping[str, dict]) -> dict[str, object] | None:
     """Describe how far quantising again, calibrated on other rows, moves a model's figures.
-
-    Args:
-        models: What describe_model measured, by the model's name. Those of one run that were quantised
-            several times are `quantised`, `quantised-2`, …
 
     Returns:
         Least, largest and standard deviation (of a sample) of mean difference and accuracy; None where

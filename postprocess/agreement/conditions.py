@@ -40,48 +40,50 @@ RECORD_CONDITION = "the mean difference in probability between recorded and trai
 
 @dataclass(frozen=True)
 class Condition:
-    """A figure that must not be above its bound.
+    """A figure that must not be above its bound."""
 
-    Attributes:
-        name: What is measured.
-        value: The figure.
-        bound: The largest value that is let through.
-        bound_name: The recipe's key that sets the bound.
-        verdict: holds, refused or undecided.
-        high: The upper end of the figure's interval, which must be below the bound; None where the
-            figure itself decides.
-        rows_needed: About how many rows would decide; None where it is decided, or nobody can say.
-    """
-
-    name: str
+    name: str  # of the figure
     value: float
-    bound: float
-    bound_name: str
-    verdict: str
+    bound: float  # the largest value that is let through
+    bound_name: str  # the recipe's key that sets the bound
+    verdict: str  # holds, refused or undecided
+    # The upper end of the figure's interval, which must be below the bound; None where the figure
+    # itself decides.
     high: float | None = None
+    # About how many rows would decide; None where it is decided, or nobody can say.
     rows_needed: int | None = None
 
 
 def list_conditions(
     packaged: str, columns: Mapping[str, Column], rows: ComparedRows, package: PackageBlock
 ) -> list[Condition]:
-    """Check every condition of a package.
-
-    Args:
-        packaged: The name of the candidate.
-        columns: All columns by name. `recorded` and `merged` may be absent.
-        rows: The rows that they are of.
-        package: The recipe's tolerances.
-    """
+    """Check every condition of a package. Of the columns, `recorded` and `merged` may be absent."""
     candidate = columns[packaged]
     trained = columns["trained"]
-    return [
-        *check_mean_differences(packaged, columns, package.tolerance),
-        check_verdicts(candidate, trained, package.tolerance_verdicts),
-        check_spread(candidate, trained),
-        check_log_loss(candidate, trained, rows, package.tolerance_log_loss),
-        *check_slices(candidate, trained, rows, package.tolerance_log_loss),
-    ]
+    conditions = check_mean_differences(packaged, columns, package.tolerance)
+
+    # On how many rows the candidate comes to another verdict.
+    is_changed_r = verdicts(candidate) != verdicts(trained)
+    changed_share = float(is_changed_r.mean())
+    figure = f"the share of verdicts that {packaged} changes"
+    conditions.append(check_figure(figure, changed_share, package.tolerance_verdicts, VERDICTS_KEY))
+
+    # A model that gives one answer to all rows is close to one that was hardly trained: the share is 1
+    # for it. A trained model that does so has nothing to lose, and is not worth packaging.
+    trained_spread = measure_spread(trained)
+    lost_share = math.nan
+    if trained_spread > 0:
+        lost_share = 1 - measure_spread(candidate) / trained_spread
+    figure = f"the share of the probabilities' spread that {packaged} loses"
+    conditions.append(check_figure(figure, lost_share, MOST_SPREAD_LOST, "the bound"))
+
+    # What packaging adds to the log loss against the human votes, on all rows.
+    added_losses_r = losses(candidate, rows.labels_rv) - losses(trained, rows.labels_rv)
+    estimate = estimate_mean(added_losses_r, rows.groups_r)
+    figure = f"the log loss that {packaged} adds"
+    tolerance = package.tolerance_log_loss
+    conditions.append(check_interval(figure, estimate, tolerance, len(added_losses_r)))
+    return conditions + check_slices(candidate, trained, rows, tolerance)
 
 
 def check_mean_differences(
@@ -109,34 +111,6 @@ def check_mean_differences(
         mean = difference(columns[name], columns[reference])["mean"]
         conditions.append(check_figure(figure, mean, tolerance, TOLERANCE_KEY))
     return conditions
-
-
-def check_verdicts(candidate: Column, trained: Column, tolerance: float) -> Condition:
-    """Check on how many rows the candidate comes to another verdict."""
-    is_changed_r = verdicts(candidate) != verdicts(trained)
-    figure = f"the share of verdicts that {candidate.name} changes"
-    return check_figure(figure, float(is_changed_r.mean()), tolerance, VERDICTS_KEY)
-
-
-def check_spread(candidate: Column, trained: Column) -> Condition:
-    """Check that the candidate's probabilities vary.
-
-    A model that gives one answer to all rows is close to one that was hardly trained.
-    """
-    figure = f"the share of the probabilities' spread that {candidate.name} loses"
-    lost_share = measure_lost_spread(candidate, trained)
-    return check_figure(figure, lost_share, MOST_SPREAD_LOST, "the bound")
-
-
-def check_log_loss(
-    candidate: Column, trained: Column, rows: ComparedRows, tolerance: float
-) -> Condition:
-    """Check what packaging adds to the log loss against the human votes, on all rows."""
-    losses_r = losses(candidate, rows.labels_rv)
-    trained_losses_r = losses(trained, rows.labels_rv)
-    estimate = estimate_mean(losses_r - trained_losses_r, rows.groups_r)
-    name = f"the log loss that {candidate.name} adds"
-    return check_interval(name, estimate, tolerance, len(losses_r))
 
 
 def check_slices(
@@ -217,19 +191,6 @@ def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int |
     # How many times narrower the interval must become, to end at the bound.
     narrowing = half_width / distance
     return math.ceil(row_count * narrowing**2)
-
-
-def measure_lost_spread(candidate: Column, trained: Column) -> float:
-    """Measure which share of the spread of the trained model's probabilities a candidate loses.
-
-    Returns:
-        1 for a constant; below 0 where the candidate's spread is larger; NaN where there was none.
-    """
-    # A trained model that gives one answer to all rows has nothing to lose, and is not worth packaging.
-    trained_spread = measure_spread(trained)
-    if trained_spread == 0:
-        return math.nan
-    return 1 - measure_spread(candidate) / trained_spread
 
 
 def measure_spread(column: Column) -> float:

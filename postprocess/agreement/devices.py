@@ -41,11 +41,7 @@ def place_checkpoint() -> dict[str, object]:
 
 
 def place_package(folder: Path) -> dict[str, str] | None:
-    """Choose where the parts of a model that is written as it is served go, as Kaggle's kernel does.
-
-    Returns:
-        The device of each part; None where one device holds the whole model.
-    """
+    """Choose the device of each part of a package, as Kaggle's kernel does; None where one device holds it all."""
     gpus = list_gpus()
     if len(gpus) < 2:
         return None

@@ -12,9 +12,9 @@ import polars as pl
 from postprocess.agreement.comparison import compare
 from postprocess.agreement.conditions import RECORD_CONDITION, UNDECIDED
 from postprocess.agreement.model_scores import read_scores
-from postprocess.agreement.slices import slice_rows
+from postprocess.agreement.slices import groups_of, slice_rows
 from postprocess.agreement.statistics import Column, ComparedRows
-from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
+from postprocess.agreement.table import probability_table, table_lines, without_nan
 from postprocess.agreement.validation_rows import (
     count_validation_rows,
     read_metrics,
@@ -34,11 +34,6 @@ def needs_more_rows(run: Run, scores_files: Sequence[Path]) -> bool:
 
 def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
     """Compare the models, print a table, write agreement.json and, beside it, all probabilities.
-
-    Args:
-        run: The run that is packaged.
-        scores_files: What score_models wrote, part by part.
-        out: agreement.json.
 
     Raises:
         UserError: The models do not agree, or the rows do not decide. All is written by then.
@@ -90,7 +85,9 @@ def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
     """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
     # Of several conditions that fail, the first is told: list_conditions has the causes before what
     # may follow from them.
-    condition = find_condition(report, report["verdict"])
+    condition = next(
+        condition for condition in report["conditions"] if condition["verdict"] == report["verdict"]
+    )
     if report["verdict"] == UNDECIDED:
         return describe_undecided(condition, report["rows"])
     if condition["name"] == RECORD_CONDITION:
@@ -104,14 +101,6 @@ def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
         f"({condition['bound']:g}); no package is made: {advise(run, report)}; "
         f"{table_file.name} beside it has the rows"
     )
-
-
-def find_condition(report: dict, verdict: str) -> dict:
-    """Find the first condition with this verdict, which is the verdict on all of them."""
-    for condition in report["conditions"]:
-        if condition["verdict"] == verdict:
-            return condition
-    raise ValueError(f"no condition is {verdict}")
 
 
 def describe_undecided(condition: dict, row_count: int) -> str:

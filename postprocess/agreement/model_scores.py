@@ -20,7 +20,7 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, make_requests, orders_of, score
 from postprocess.agreement.devices import list_gpus, place_package
 from postprocess.agreement.reference_model import load_trained
-from postprocess.agreement.statistics import Column
+from postprocess.agreement.statistics import Column, stack_orders
 from postprocess.agreement.validation_rows import part_bounds, read_metrics, validation_rows
 from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
@@ -94,11 +94,7 @@ def write_scores(out: Path, columns: Mapping[str, Column], golden: Mapping[str, 
 
 
 def read_scores(scores_files: Sequence[Path]) -> tuple[list[Column], dict[str, list]]:
-    """Read what score_models wrote of several parts of the rows, and put the parts together.
-
-    Returns:
-        The columns of all rows, and the golden rows' probabilities by model.
-    """
+    """Read what score_models wrote of several parts of the rows: the columns of all rows, and the golden rows' scores."""
     # Each part has the same models, and other rows: a model's rows of all parts are one after another.
     parts = [read_object(file) for file in scores_files]
     first_part = parts[0]
@@ -123,14 +119,7 @@ def has_record(run: Run) -> bool:
 
 def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
     """Take the probabilities that training wrote down from the validation rows."""
-    by_order = []
-    for order in ORDERS:
-        names = [f"p_{verdict}_{order}" for verdict in run.contract.verdicts]
-        by_order.append(rows.select(names).to_numpy().astype(np.float64))
-
-    # Each is (rows, verdicts); the orders become the axis between the two.
-    probabilities_rov = np.stack(by_order, axis=1)
-    return Column("recorded", probabilities_rov, "as trained")
+    return Column("recorded", stack_orders(rows, run.contract.verdicts), "as trained")
 
 
 def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -146,9 +135,6 @@ def score_model(
 
     Returns:
         Its probabilities of the validation rows, and those of the golden rows by their ids.
-
-    Raises:
-        UserError: A probability is not finite.
     """
     golden_pairs = [run.model_input.pair_from_row(row["pair"]) for row in run.contract.golden]
     try:
@@ -192,14 +178,6 @@ def score_pairs(
     orders: Sequence[str] = ORDERS,
 ) -> dict[str, dict[str, list[float]]]:
     """Score pairs, some at a time, in smaller batches once memory runs out.
-
-    Args:
-        name: What the progress bar calls the model.
-        model: A model in eval mode.
-        run: The run that it was made of.
-        tokenizer: The run's tokenizer.
-        pairs: The pairs.
-        orders: as_given (response A first), swapped, or both.
 
     Returns:
         The probabilities of each pair by its id and by order.
@@ -246,16 +224,9 @@ def score_pairs(
 def write_results(
     run: Run, rows: pl.DataFrame, probabilities_rov: np.ndarray, facts: Mapping[str, object]
 ) -> dict[str, float]:
-    """Write predictions.parquet and metrics.json of a run that was not trained as such, as training would.
+    """Write predictions.parquet and metrics.json as training would: of a mean of runs, or of a base model as it is.
 
-    Args:
-        run: A mean of runs, or a base model as it is.
-        rows: The validation rows.
-        probabilities_rov: Their probabilities, (rows, orders, verdicts).
-        facts: What metrics.json says besides.
-
-    Returns:
-        The metrics of the rows.
+    `facts` are what metrics.json says besides the metrics, which are returned.
     """
     verdicts = run.contract.verdicts
     table = metrics.predictions(rows["id"].to_list(), probabilities_rov, verdicts, rows)

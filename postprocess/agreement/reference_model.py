@@ -25,11 +25,7 @@ QUANTISED_LAYERS = (Linear4bit, Linear8bitLt)
 
 
 def load_trained(run: Run) -> torch.nn.Module:
-    """Load a run's model as training held it: in the dtype of its files, its head computing in float32.
-
-    Returns:
-        The model in eval mode, on the GPUs if there are any.
-    """
+    """Load a run's model in eval mode, as training held it: in the dtype of its files, its head computing in float32."""
     contract = run.contract
     has_classifier = contract.head in LABELLED
     has_classifier_in_adapter = run.has_adapter and has_classifier
@@ -106,14 +102,7 @@ def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[in
 
 
 def trained_quantization(run: Run) -> dict | None:
-    """Read how the base was quantised during training (QLoRA); None where it was in 16 or 32 bits.
-
-    Returns:
-        The settings of BitsAndBytesConfig, from the run's config.json.
-
-    Raises:
-        UserError: The recipe says that the base was quantised, the run does not.
-    """
+    """Read by which BitsAndBytesConfig the base was quantised in training (QLoRA); None for 16 or 32 bits."""
     if not run.has_adapter:
         return None
 

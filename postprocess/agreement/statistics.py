@@ -5,16 +5,18 @@ and the benchmarks call this.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from scipy import stats
 
-from recipes.pairwise.tracking.metrics import SMALLEST, row_losses, rows_are_right
+from recipes.pairwise.tracking.metrics import ORDERS, SMALLEST, row_losses, rows_are_right
 
 QUANTISED = "quantised"  # and quantised-2, … : the columns of quantised models
 CONFIDENCE = 0.95
+FEW_GROUPS = 20  # with fewer groups of prompts, an interval says little
 # The bootstrap: how many samples are drawn, from which seed, and which quantiles are its 95 % interval.
 RESAMPLES = 1000
 SEED = 0
@@ -24,17 +26,11 @@ DECIMALS = 6  # of an interval: the last bits of a sum depend on the machine
 
 @dataclass(frozen=True)
 class Column:
-    """One model's probabilities of the rows.
+    """One model's probabilities of the rows."""
 
-    Attributes:
-        name: recorded, trained, merged, or the name of a candidate for the package.
-        probabilities_rov: Float64 of shape (rows, orders, verdicts).
-        precision: What the model computed in.
-    """
-
-    name: str
-    probabilities_rov: np.ndarray
-    precision: str
+    name: str  # recorded, trained, merged, or the name of a candidate for the package
+    probabilities_rov: np.ndarray  # float64 of shape (rows, orders, verdicts)
+    precision: str  # what the model computed in
 
     def mean_rv(self) -> np.ndarray:
         """The mean of both orders, (rows, verdicts): what a submission holds."""
@@ -43,32 +39,22 @@ class Column:
 
 @dataclass(frozen=True)
 class ComparedRows:
-    """What is known of the rows beside the models' probabilities.
+    """What is known of the rows beside the models' probabilities."""
 
-    Attributes:
-        labels_rv: The shares of the human votes.
-        winners_r: The place of each row's winner among the verdicts; -1 where it is none of them.
-        groups_r: The number of each row's group of prompts.
-        slices: Parts of the rows that are judged on their own, by name, as masks of shape (rows,).
-    """
-
-    labels_rv: np.ndarray
+    labels_rv: np.ndarray  # the shares of the human votes
+    # The place of each row's winner among the verdicts; -1 where it is none of them.
     winners_r: np.ndarray
-    groups_r: np.ndarray
+    groups_r: np.ndarray  # the number of each row's group of prompts
+    # Parts of the rows that are judged on their own, by name, as masks of shape (rows,).
     slices: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Resamples:
-    """Bootstrap samples: draws of whole groups of rows, with replacement.
+    """Bootstrap samples: draws of whole groups of rows, with replacement."""
 
-    Attributes:
-        group_r: The place of each row's group in `counts_sg`.
-        counts_sg: How often a draw holds each group, (draws, groups).
-    """
-
-    group_r: np.ndarray
-    counts_sg: np.ndarray
+    group_r: np.ndarray  # the place of each row's group in `counts_sg`
+    counts_sg: np.ndarray  # how often a draw holds each group, (draws, groups)
 
 
 @dataclass(frozen=True)
@@ -151,6 +137,15 @@ def divergence(probabilities: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
     # Clipping may leave probabilities that sum to a little over 1, and then a sum below 0.
     return np.maximum(sums, 0)
+
+
+def stack_orders(rows: pl.DataFrame, verdicts: Sequence[str]) -> np.ndarray:
+    """Take the probabilities of both orders from columns such as p_model_a_swapped, (rows, orders, verdicts)."""
+    probabilities_of_orders = []
+    for order in ORDERS:
+        columns = [f"p_{verdict}_{order}" for verdict in verdicts]
+        probabilities_of_orders.append(rows.select(columns).to_numpy())
+    return np.stack(probabilities_of_orders, axis=1).astype(np.float64)
 
 
 def verdicts(column: Column) -> np.ndarray:

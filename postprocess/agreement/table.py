@@ -3,17 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import polars as pl
 
 from postprocess.agreement.comparison import find_nearest
 from postprocess.agreement.conditions import HOLDS
-from postprocess.agreement.statistics import Column
+from postprocess.agreement.statistics import FEW_GROUPS, Column
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.tracking.metrics import ORDERS
-
-# Below it, an interval over groups of prompts says little.
-FEW_GROUPS = 20
 
 # The heading of the printed table, whose columns describe_model fills.
 HEAD = (
@@ -44,27 +40,6 @@ def probability_table(
                 table = table.with_columns(pl.Series(name, probabilities_r))
         tables.append(table)
     return pl.concat(tables).sort("id", "order")
-
-
-def groups_of(rows: pl.DataFrame) -> np.ndarray:
-    """Give the number of each row's group of prompts, (rows,); a row without one is a group of its own.
-
-    id    group    name       number
-    x     7        group 7    1
-    y     null     row y      2
-    z     7        group 7    1
-    """
-    if "group" not in rows.columns:
-        return np.arange(len(rows))
-
-    # Each group gets a name first. The names begin differently, so that the id 7 is not taken for group 7.
-    group = pl.col("group")
-    id_as_group = pl.concat_str(pl.lit("row "), "id")
-    number_as_group = pl.concat_str(pl.lit("group "), group.cast(pl.String))
-    group_name = pl.when(group.is_null()).then(id_as_group).otherwise(number_as_group)
-
-    # Equal names have the same dense rank, and the ranks have no gaps.
-    return rows.select(group_name.rank("dense")).to_series().to_numpy()
 
 
 def table_lines(report: dict) -> list[str]:

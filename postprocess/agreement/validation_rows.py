@@ -23,15 +23,9 @@ NUMBER_OF_COPY = re.compile(r":\d+$")
 
 
 def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
-    """Choose ids as if at random, but always the same ones: those with the lowest SHA-256.
+    """Choose up to `count` ids as if at random, but always the same ones: those with the lowest SHA-256.
 
-    Args:
-        ids: The ids to choose from.
-        count: How many are chosen at most.
-        salt: Text that is hashed before each id. Another salt chooses other ids.
-
-    Returns:
-        The chosen ids, in the order of their hashes.
+    Another salt, which is hashed before each id, chooses other ids. They come in the order of their hashes.
     """
 
     def hash_id(row_id: str) -> str:
@@ -41,19 +35,13 @@ def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
 
 
 def part_bounds(part: int) -> tuple[int, int]:
-    """Give the bounds of one part of the validation rows, in the order of by_hash.
+    """Give where a part of the validation rows begins and ends, in the order of by_hash.
 
     The first part has 500 rows. Where they do not decide whether models agree, a second part makes
-    them 2,000 in all, a third one 8,000, and so on.
-
-    Returns:
-        Where the part begins and ends, as in a slice of a list: (0, 500), (500, 2000), (2000, 8000).
+    them 2,000 in all, a third one 8,000, and so on: (0, 500), (500, 2000), (2000, 8000), …
     """
     rows_with_this_part = ROWS * GROWTH**part
-    if part == 0:
-        return 0, rows_with_this_part
-
-    rows_before = rows_with_this_part // GROWTH
+    rows_before = 0 if part == 0 else rows_with_this_part // GROWTH
     return rows_before, rows_with_this_part
 
 
@@ -64,19 +52,11 @@ def count_validation_rows(run: Run) -> int:
 
 
 def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataFrame, list]:
-    """Read some of the rows in predictions.parquet, in the order of a hash of their ids.
-
-    Args:
-        run: The run.
-        first: Where to begin in that order.
-        end: Where to end, as in a slice: this row is not read. There may be fewer rows.
+    """Read some of the rows in predictions.parquet: `first` to `end`, as in a slice, in the order of by_hash.
 
     Returns:
-        A table with the columns of the recipe's pairs file and the probabilities of
-        predictions.parquet, and the rows as pairs, in the table's order.
-
-    Raises:
-        UserError: The pairs file does not hold the rows.
+        A table with the columns of the recipe's pairs file and the probabilities of predictions.parquet, and
+        the rows as pairs. There may be fewer rows.
     """
     pairs_file, predictions_file = run.validation_files()
     predictions = read_predictions(predictions_file, run.contract.verdicts)

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,13 +36,7 @@ GROUPS = (
 def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> None:
     """Write a folder with the model's layers in few bits, head and rest in 16 bits, and the tokenizer.
 
-    Args:
-        run: The trained run.
-        merged: The folder of its merged model.
-        bits: 4 or 8.
-        out: The folder.
-        seed: Another one calibrates on other rows. One seed always gives the same bytes on the same
-            machine.
+    Another seed calibrates on other rows. One seed always gives the same bytes on the same machine.
 
     Raises:
         UserError: GPTQ does not take the model, no row is left to calibrate on, or the worker fails.
@@ -72,17 +65,13 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
 
 
 def check_model(run: Run) -> list[list[str]]:
-    """Check that GPTQ can take the run's model.
-
-    Returns:
-        The names of the linear layers within a decoder's layer, in the groups that are quantised together.
-
-    Raises:
-        UserError: The model has layers of other names, or of a size that GPTQ cannot take.
-    """
+    """Check that GPTQ can take the run's model, and name its linear layers in the groups that are quantised together."""
     skeleton = model_skeleton(run.weights, run.contract)
     base_model = run.contract.base_model
-    shapes = select_linear_weights(skeleton.shapes)
+    shapes = {}
+    for name, shape in skeleton.shapes.items():
+        if ".layers." in name and len(shape) == 2:
+            shapes[name] = shape
 
     # A layer's name within its decoder's layer: model.layers.7.mlp.up_proj.weight is mlp.up_proj.
     layer_names = set()
@@ -107,12 +96,3 @@ def check_model(run: Run) -> list[list[str]]:
                 f"{base_model} has {inputs} and {outputs}; write nf4 or int8"
             )
     return groups
-
-
-def select_linear_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Select the weights of linear layers, which are quantised, with their shapes (outputs, inputs)."""
-    linear_shapes = {}
-    for name, shape in shapes.items():
-        if ".layers." in name and len(shape) == 2:
-            linear_shapes[name] = shape
-    return linear_shapes

@@ -10,6 +10,7 @@ import queue
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import click
@@ -58,11 +59,7 @@ def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
 
 
 def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
-    """Score with each fold's run in a process of its own, one on each GPU at a time.
-
-    Raises:
-        UserError: A process failed; it has printed why.
-    """
+    """Score with each fold's run in a process of its own, one on each GPU at a time."""
     run_names = []
     for fold in list_folds(read_pairs(Path(recipe.pairwise.pairs))):
         name = f"fold-{fold}"
@@ -74,27 +71,15 @@ def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
     for gpu in gpus:
         free_gpus.put(gpu)
     with ThreadPoolExecutor(max_workers=len(gpus)) as threads:
-        processes = [
-            threads.submit(score_on_free_gpu, recipe, name, free_gpus) for name in run_names
-        ]
+        exit_codes = threads.map(score_on_free_gpu, repeat(recipe), run_names, repeat(free_gpus))
 
-    # Every fold is scored to its end, even where one fails.
-    exit_codes = [process.result() for process in processes]
+    # By now every fold is scored to its end, even where one fails.
     if any(exit_codes):
         raise UserError(f"{recipe.run_folder}: a fold could not be scored; see above")
 
 
 def score_on_free_gpu(recipe: Recipe, run_name: str, free_gpus: queue.Queue[str]) -> int:
-    """Score with one run in a process that sees one GPU.
-
-    Args:
-        recipe: The teacher's recipe.
-        run_name: The run's folder in the teacher's, e.g. fold-0.
-        free_gpus: The GPU is taken from there, and put back afterwards.
-
-    Returns:
-        The exit code of the process.
-    """
+    """Score with one run in a process that sees one GPU, and return its exit code."""
     gpu = free_gpus.get()
     command = [sys.executable, "-m", "postprocess.labels", str(recipe.path), "--run", run_name]
     # The process sees this GPU as its only one.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
+from postprocess.agreement.statistics import stack_orders
 from postprocess.labels.score_rows import score_rows
 from postprocess.run_folder import Run, read_run
 from preprocess.core.errors import UserError
@@ -27,15 +27,10 @@ SUFFIXES = ("", *(f"_{order}" for order in metrics.ORDERS))
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """One run of a teacher.
+    """One run of a teacher."""
 
-    Attributes:
-        name: Its folder within the teacher's: fold-0, or "." for the teacher's own.
-        fold: The fold of rows that it was not trained on; None where it was trained on all of them.
-        run: The run.
-    """
-
-    name: str
+    name: str  # its folder within the teacher's: fold-0, or "." for the teacher's own
+    # The fold of rows that it was not trained on; None where it was trained on all of them.
     fold: int | None
     run: Run
 
@@ -43,10 +38,7 @@ class TeacherRun:
 def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 0) -> None:
     """Write labels.parquet and labels.json of a teacher, and lockbox.json where there are lockbox rows.
 
-    Args:
-        recipe: The teacher's recipe.
-        only_run: Score with the run of this name alone, and leave the files to another call.
-        ray_workers: How many workers of a Ray cluster score; 0 for this process.
+    With `only_run`, the run of this name alone scores, and the files are left to another call.
 
     Raises:
         UserError: A run is missing, not complete, or of another pairs file.
@@ -81,11 +73,7 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
 
 
 def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> TeacherRun:
-    """Select the run that the user has named.
-
-    Raises:
-        UserError: The teacher has no such run.
-    """
+    """Select the run that the user has named."""
     runs_by_name = {teacher_run.name: teacher_run for teacher_run in teacher_runs}
     if name in runs_by_name:
         return runs_by_name[name]
@@ -98,20 +86,7 @@ def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> T
 def score_with_run(
     teacher_run: TeacherRun, pairs: pl.DataFrame, pairs_sha256: str, ray_workers: int
 ) -> pl.DataFrame:
-    """Score the rows that a run was not trained on.
-
-    Args:
-        teacher_run: The run.
-        pairs: The rows of the pairs file.
-        pairs_sha256: The file's hash. Scores of another file, or of another training, are made again.
-        ray_workers: How many workers of a Ray cluster score; 0 for this process.
-
-    Returns:
-        The table of metrics.predictions.
-
-    Raises:
-        UserError: There is no such row.
-    """
+    """Score the rows that a run was not trained on."""
     rows = choose_rows(pairs, teacher_run.fold)
     if rows.is_empty():
         raise UserError(
@@ -147,7 +122,13 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
 
     runs = []
     for fold, fold_folder in fold_folders.items():
-        check_held_out(fold_folder, fold, pairs_sha256)
+        held_out_fold = read_fold(fold_folder, pairs_sha256)
+        if held_out_fold != fold:
+            raise UserError(
+                f"{fold_folder / 'metrics.json'}: fold {held_out_fold} was held out here, not {fold}: this run was "
+                f"trained on the rows of fold {fold}; train it again with make cv R={fold_folder.parent.name}"
+            )
+
         # The folds share a recipe: each run is read with the fold and the folder of its own.
         block = recipe.pairwise.model_copy(update={"fold": fold})
         recipe_of_fold = replace(recipe, run_folder=fold_folder, pairwise=block)
@@ -155,25 +136,8 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
     return runs
 
 
-def check_held_out(fold_folder: Path, fold: int, pairs_sha256: str) -> None:
-    """Raise UserError unless the run in a fold's folder was trained without that fold's rows."""
-    held_out_fold = read_fold(fold_folder, pairs_sha256)
-    if held_out_fold != fold:
-        raise UserError(
-            f"{fold_folder / 'metrics.json'}: fold {held_out_fold} was held out here, not {fold}: this run was "
-            f"trained on the rows of fold {fold}; train it again with make cv R={fold_folder.parent.name}"
-        )
-
-
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:
-    """Read from a run's metrics.json which fold of rows it was not trained on.
-
-    Returns:
-        The fold; None for a run that was trained on all rows.
-
-    Raises:
-        UserError: There is no metrics.json, or it is of another pairs file.
-    """
+    """Read from a run's metrics.json which fold it was not trained on; None for a run that was trained on all rows."""
     file = folder / "metrics.json"
     if not file.is_file():
         raise UserError(
@@ -193,9 +157,7 @@ def read_fold(folder: Path, pairs_sha256: str) -> int | None:
 def choose_rows(pairs: pl.DataFrame, fold: int | None) -> pl.DataFrame:
     """Choose the rows that a run was not trained on: its held-out fold, the pool and the lockbox.
 
-    Args:
-        pairs: The rows of the pairs file.
-        fold: The fold that the run held out; None where it was trained on all rows with votes.
+    Without a fold, it was trained on all rows with votes.
     """
     is_trained_on = pl.col("role").is_in(["train", "extra"])
     if fold is not None:
@@ -228,27 +190,16 @@ def measure_lockbox(
 ) -> None:
     """Measure a teacher on the lockbox, the test rows that no run was trained on; print and write lockbox.json.
 
-    Args:
-        folder: The teacher's folder.
-        labels: Its labels: id, and the probabilities of each verdict in both orders.
-        pairs: The rows of the pairs file. Without lockbox rows, nothing is written.
-        verdicts: The teacher's verdicts.
+    Without lockbox rows, nothing is written.
     """
     lockbox = pairs.filter(role="test").join(labels, on="id", how="inner", suffix="_label")
     if lockbox.is_empty():
         return
 
-    # The metrics want one array of shape (rows, orders, verdicts).
-    probabilities_of_orders = []
-    for order in metrics.ORDERS:
-        columns = [f"p_{verdict}_{order}" for verdict in verdicts]
-        probabilities_of_orders.append(lockbox.select(columns).to_numpy())
-    probabilities_rov = np.stack(probabilities_of_orders, axis=1)
-
     # Votes, and not labels, decide what is right.
     labels_rv = targets(lockbox, verdicts)
     winners_r = winners(lockbox, verdicts)
-    scores = metrics.scores(probabilities_rov, labels_rv, winners_r)
+    scores = metrics.scores(stack_orders(lockbox, verdicts), labels_rv, winners_r)
     write_json(folder / LOCKBOX, scores | {"rows": len(lockbox)})
     print(
         f"lockbox: accuracy {scores['accuracy']:.4f}, log loss {scores['log_loss']:.4f} on {len(lockbox):,} rows"

@@ -26,12 +26,7 @@ class RayScorer:
     """What a Ray worker holds: a run with its model. Ray Data calls it with one chunk after the other."""
 
     def __init__(self, project: str, recipe: Recipe):
-        """Load the run of a recipe.
-
-        Args:
-            project: The folder that the recipe's paths are relative to.
-            recipe: The recipe, with the folder of the run.
-        """
+        """Load the run of a recipe, whose paths are relative to the project's folder."""
         # A worker starts in a folder of Ray's.
         os.chdir(project)
         self.scorer = ChunkScorer(read_run(recipe))
@@ -53,10 +48,7 @@ class RayScorer:
 def score_with_ray(run: Run, chunks: Sequence[Chunk], workers: int) -> Iterator[int]:
     """Score chunks with workers of a Ray cluster: the one that RAY_ADDRESS names, else one on this machine.
 
-    Args:
-        run: The trained run.
-        chunks: The chunks to score.
-        workers: How many processes score. Where the cluster has GPUs, each holds one.
+    Each worker is a process; where the cluster has GPUs, each holds one.
 
     Yields:
         The number of rows of each chunk that is done.

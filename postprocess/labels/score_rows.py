@@ -42,11 +42,7 @@ class ChunkScorer:
         self.tokenizer = checked_tokenizer(run)
 
     def write_scores(self, chunk: Chunk) -> None:
-        """Score a chunk in both orders, and write its file: the table of metrics.predictions.
-
-        Raises:
-            UserError: A probability is not finite.
-        """
+        """Score a chunk in both orders, and write its file: the table of metrics.predictions."""
         run = self.run
         # The run's own code makes the token ids, as in training.
         pairs = [run.model_input.pair_from_row(row) for row in chunk.rows.iter_rows(named=True)]
@@ -66,17 +62,10 @@ class ChunkScorer:
 def score_rows(
     run: Run, rows: pl.DataFrame, key: dict, folder: Path, ray_workers: int = 0
 ) -> pl.DataFrame:
-    """Score rows in both orders.
+    """Score rows in both orders, into the table of metrics.predictions.
 
-    Args:
-        run: The trained run.
-        rows: Rows of a pairs file.
-        key: What the scores depend on. Chunks that were made with another key are made again.
-        folder: Where the chunks are kept.
-        ray_workers: How many workers of a Ray cluster score the chunks; 0 for this process.
-
-    Returns:
-        The table of metrics.predictions.
+    `folder` keeps the chunks. `key` is what the scores depend on: chunks that were made with another key are
+    made again.
 
     Raises:
         UserError: A probability is not finite.

@@ -49,14 +49,10 @@ class Served:
 
 
 def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
-    """Describe the packaged model of a recipe in numbers.
+    """Describe the packaged model of a recipe in numbers; without `base`, its base model is looked up by its name.
 
     With `adapter: best`, the adapter is merged or stays apart, whichever is nearer to the trained model. That
     is not known yet, so the larger package of the two is described: the one with the adapter apart.
-
-    Args:
-        recipe: The recipe.
-        base: Its base model, where it was measured; by default, it is looked up by its name.
 
     Raises:
         UserError: The base model's sizes are unknown, or Kaggle's T4s cannot run it.
@@ -146,13 +142,7 @@ def bytes_by_class(served: Served) -> dict[str, int]:
 def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -> list[int]:
     """Compute the bytes of a model's weights on each of the GPUs that share it, placed as the kernel places them.
 
-    Args:
-        served: The packaged model.
-        gpus: GPUs that share the copy.
-        byte_limit: What a GPU has for weights; None for no limit.
-
-    Returns:
-        The bytes on each GPU, the first one first.
+    A GPU has `byte_limit` bytes for weights; None for no limit.
     """
     sizes = {}
     for weight in served.weights:
@@ -187,13 +177,7 @@ def weight_bytes_limit(served: Served, tokens_per_batch: int, gpus: int) -> int:
 
 
 def activation_bytes(served: Served, tokens_per_batch: int) -> int:
-    """Compute the most bytes that a batch takes on a GPU beside the weights.
-
-    Args:
-        served: The packaged model.
-        tokens_per_batch: The most tokens of a batch, by the kernel's spec. A request that has more of them
-            is a batch of its own.
-    """
+    """Compute the most bytes that a batch takes on a GPU beside the weights."""
     tokens = largest_batch(served, tokens_per_batch)
     longest_row = min(served.budget_tokens, tokens)
     attention = "softcap" if served.softcap else "plain"

@@ -82,11 +82,7 @@ def check_target(run: Run) -> None:
 
 
 def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
-    """Find how kernels serve a run.
-
-    Returns:
-        A use for each spec that names the run, or a spec's defaults where none does.
-    """
+    """Find how kernels serve a run: a use for each spec that names it, or a spec's defaults where none does."""
     uses = []
     for path in sorted(specs.glob("*.yml")):
         try:
@@ -97,11 +93,7 @@ def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
 
 
 def read_uses(spec_path: Path, run: str) -> list[Use]:
-    """Read how a kernel's spec serves a run.
-
-    Returns:
-        A use for each package of the run in the spec.
-    """
+    """Read how a kernel's spec serves a run: a use for each package of the run in the spec."""
     spec = read_yaml(spec_path)
     tokens_per_batch = int(spec.get("tokens_per_batch", TOKENS_PER_BATCH))
     budget_tokens = spec.get("budget_tokens")
@@ -159,10 +151,7 @@ def in_units(size: int) -> str:
 def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, tuple[int, ...]]:
     """Decide whether each GPU gets a copy of the model or all GPUs share one, and compute what that needs.
 
-    Args:
-        served: The packaged model.
-        tokens_per_batch: The spec's.
-        placement: each, split, or auto: a copy on every GPU if that fits, else split.
+    With the placement `auto`, a copy is on every GPU if that fits.
 
     Returns:
         The placement, each or split, and the bytes that it needs: one number for a copy on one GPU,

@@ -20,17 +20,11 @@ MAX_TABLE_POINTS = 12  # of a curve
 
 @dataclass(frozen=True)
 class Series:
-    """A curve of a chart.
+    """A curve of a chart."""
 
-    Attributes:
-        kind: Its style: training, validation, or raw (not smoothed).
-        curve: Its points.
-        fold: The fold's name; empty in a run without folds.
-    """
-
-    kind: str
-    curve: Curve
-    fold: str = ""
+    kind: str  # its style: training, validation, or raw (not smoothed)
+    curve: Curve  # its points
+    fold: str = ""  # the fold's name; empty in a run without folds
 
 
 @dataclass(frozen=True)

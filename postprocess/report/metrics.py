@@ -11,17 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from postprocess.agreement.statistics import Estimate, Resamples, interval, resample
-from postprocess.agreement.table import FEW_GROUPS, groups_of
+from postprocess.agreement.slices import TEXTS, count_characters, groups_of
+from postprocess.agreement.statistics import (
+    FEW_GROUPS,
+    Estimate,
+    Resamples,
+    interval,
+    resample,
+    stack_orders,
+)
 from postprocess.report.predictions import Predictions
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.data.datasets import targets, winners
-from recipes.pairwise.tracking.metrics import (
-    ORDERS,
-    row_brier_scores,
-    row_losses,
-    rows_are_right,
-)
+from recipes.pairwise.tracking.metrics import row_brier_scores, row_losses, rows_are_right
 
 LENGTH_SLICES = 4
 MAX_NAMES = 12  # rows of a table by language or source; the rarest names share the last one
@@ -108,11 +110,7 @@ class ScoredRows:
 def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRows:
     """Turn the table of predictions into arrays, and draw the resamples of the confidence intervals."""
     rows = predictions.rows
-    probabilities_of_orders = []
-    for order in ORDERS:
-        columns = [f"p_{verdict}_{order}" for verdict in verdicts]
-        probabilities_of_orders.append(rows.select(columns).to_numpy())
-    probabilities_rov = np.stack(probabilities_of_orders, axis=1).astype(np.float64)
+    probabilities_rov = stack_orders(rows, verdicts)
     mean_rv = probabilities_rov.mean(axis=1)
 
     # As in training: without a verdict for ties, `targets` gives half of a tie to each side.
@@ -192,12 +190,7 @@ class Lengths:
 
 def measure_lengths(rows: pl.DataFrame) -> Lengths:
     """Count the characters of each row's prompt and answers."""
-    lengths = []
-    for column in ("prompt", "response_a", "response_b"):
-        turn_lengths = pl.col(column).list.eval(pl.element().str.len_chars())
-        row_lengths = rows.select(turn_lengths.list.sum().fill_null(0)).to_series()
-        lengths.append(row_lengths.to_numpy())
-    return Lengths(*lengths)
+    return Lengths(*(count_characters(rows, column) for column in TEXTS))
 
 
 def make_baselines(scored: ScoredRows, lengths: Lengths | None) -> list[Baseline]:
@@ -212,15 +205,20 @@ def make_baselines(scored: ScoredRows, lengths: Lengths | None) -> list[Baseline
     return baselines
 
 
+def make_baseline(
+    name: str, scored: ScoredRows, is_right_r: np.ndarray, losses_r: np.ndarray
+) -> Baseline:
+    """Compare the model with a guess, of which these are the verdicts and losses."""
+    table_row = make_table_row(name, scored, is_right_r, losses_r)
+    return Baseline(table_row, scored.estimate_gain(is_right_r, losses_r))
+
+
 def constant_baseline(scored: ScoredRows) -> Baseline:
     """Predict the commonest verdict for every row, with the verdicts' shares as probabilities."""
     shares = scored.labels_rv.mean(axis=0)
     is_right_r = scored.winners_r == shares.argmax()
     losses_r = row_losses(shares, scored.labels_rv)
-    return Baseline(
-        table_row=make_table_row("one constant verdict", scored, is_right_r, losses_r),
-        gain=scored.estimate_gain(is_right_r, losses_r),
-    )
+    return make_baseline("one constant verdict", scored, is_right_r, losses_r)
 
 
 def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
@@ -241,10 +239,7 @@ def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
 
     is_right_r = scored.winners_r == longer_r
     losses_r = row_losses(probabilities_rv, scored.labels_rv)
-    return Baseline(
-        table_row=make_table_row("the longer answer", scored, is_right_r, losses_r),
-        gain=scored.estimate_gain(is_right_r, losses_r),
-    )
+    return make_baseline("the longer answer", scored, is_right_r, losses_r)
 
 
 # Slices
@@ -322,11 +317,6 @@ def make_slices(
     rows: pl.DataFrame, scored: ScoredRows, lengths: Lengths | None
 ) -> list[tuple[str, Sequence[TableRow]]]:
     """Compute the tables by language, length, source, winner and fold.
-
-    Args:
-        rows: The measured rows.
-        scored: The same rows as arrays.
-        lengths: Their lengths; None without the pairs file.
 
     Returns:
         Title and rows of each table that has more than one row.

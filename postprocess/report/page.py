@@ -39,11 +39,12 @@ def render_page(run: RunData, measurements: Measurements) -> str:
         The page as HTML. The same run gives the same page.
     """
     style = (PAGE_FOLDER / "page.css").read_text(encoding="utf-8")
+    facts = [*model_facts(run), *row_facts(run), *training_facts(run)]
     template = make_environment().get_template("page.html.jinja")
     return template.render(
         run=run,
         missing=run.missing,
-        facts=collect_facts(run),
+        facts=[(name, value) for name, value in facts if value],
         is_out_of_fold=run.predictions.is_out_of_fold,
         measured=measurements,
         learning_charts=make_learning_charts(run),
@@ -78,13 +79,7 @@ def make_environment() -> jinja2.Environment:
     return environment
 
 
-# Facts in the head of the page
-
-
-def collect_facts(run: RunData) -> list[tuple[str, str]]:
-    """Collect name and value of each fact of contract.json and metrics.json that the run records."""
-    facts = [*model_facts(run), *row_facts(run), *training_facts(run)]
-    return [(name, value) for name, value in facts if value]
+# Facts of contract.json and metrics.json in the head of the page
 
 
 def model_facts(run: RunData) -> list[tuple[str, str]]:

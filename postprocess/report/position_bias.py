@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from postprocess.agreement.statistics import Estimate
-from postprocess.report.metrics import Gain, ScoredRows, TableRow, make_table_row
+from postprocess.report.metrics import Gain, ScoredRows, TableRow, make_table_row, model_row
 from recipes.pairwise.tracking.metrics import row_losses, rows_are_right
 
 
@@ -35,12 +35,14 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
         return None
 
     # Each order alone, as if it were the model, beside the mean of both.
-    as_given = score_order(scored, as_given_rv)
-    swapped = score_order(scored, swapped_rv)
+    is_right_r = rows_are_right(as_given_rv, scored.winners_r)
+    losses_r = row_losses(as_given_rv, scored.labels_rv)
+    swapped_is_right_r = rows_are_right(swapped_rv, scored.winners_r)
+    swapped_losses_r = row_losses(swapped_rv, scored.labels_rv)
     orders = (
-        make_table_row("order as given", scored, as_given.is_right_r, as_given.losses_r),
-        make_table_row("order swapped", scored, swapped.is_right_r, swapped.losses_r),
-        make_table_row("mean of both", scored, scored.is_right_r, scored.losses_r),
+        make_table_row("order as given", scored, is_right_r, losses_r),
+        make_table_row("order swapped", scored, swapped_is_right_r, swapped_losses_r),
+        model_row(scored, "mean of both"),
     )
 
     return PositionBias(
@@ -50,22 +52,8 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
         probability_bias=measure_preference(scored, as_given_rv, swapped_rv),
         flip_rate=scored.estimate(find_flips(scored)),
         orders=orders,
-        gain=scored.estimate_gain(as_given.is_right_r, as_given.losses_r),
+        gain=scored.estimate_gain(is_right_r, losses_r),
     )
-
-
-@dataclass(frozen=True)
-class ScoredOrder:
-    """For each row, whether the verdict of one order is right, and its log loss in nats."""
-
-    is_right_r: np.ndarray
-    losses_r: np.ndarray
-
-
-def score_order(scored: ScoredRows, probabilities_rv: np.ndarray) -> ScoredOrder:
-    """Score the probabilities of one order against winners and labels."""
-    is_right_r = rows_are_right(probabilities_rv, scored.winners_r)
-    return ScoredOrder(is_right_r, row_losses(probabilities_rv, scored.labels_rv))
 
 
 def measure_preference(

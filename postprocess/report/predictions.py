@@ -63,11 +63,7 @@ def read_table(file: Path) -> pl.DataFrame:
 
 
 def read_predictions(file: Path) -> Predictions:
-    """Read a file of predictions and check its columns, ids and probabilities.
-
-    Raises:
-        UserError: The file is absent or damaged, or was not written by the training.
-    """
+    """Read a file of predictions and check its columns, ids and probabilities."""
     # Another program, or an earlier version of this project, may have written other columns.
     rows = read_table(file)
     required = ["id", "fold", "winner", *PROBABILITIES]
@@ -99,13 +95,10 @@ def read_predictions(file: Path) -> Predictions:
 def add_pairs(
     predictions: Predictions, file: Path, expected_sha256: str | None
 ) -> tuple[Predictions, str | None]:
-    """Add texts, groups and labels of the pairs file to the predictions.
+    """Add texts, groups and labels of the pairs file to the predictions that the report measures.
 
-    Args:
-        predictions: The rows that the report measures.
-        file: The pairs file.
-        expected_sha256: The hash of the pairs file that the model was trained on; None where metrics.json
-            has none, and only the ids can show whether the file is another one.
+    Where metrics.json has no hash of the file that the model was trained on, only the ids can show whether
+    this is another one.
 
     Returns:
         The predictions with the columns of the pairs file and None, or the predictions unchanged

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import nonsingular
 
 from postprocess.agreement.statistics import Estimate
 from postprocess.report.calibration import Calibration
@@ -73,16 +74,9 @@ def make_scale(values: Iterable[float], is_tight: bool = False) -> Scale:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         finite = [0.0, 1.0]
-    low = min(finite)
-    high = max(finite)
 
     # Equal values need a range too: half of the value on either side.
-    if high - low < 1e-12:
-        half_range = 0.5
-        if low != 0:
-            half_range = 0.5 * abs(low)
-        low -= half_range
-        high += half_range
+    low, high = nonsingular(min(finite), max(finite), expander=0.5)
 
     # Matplotlib's ticks lie on round numbers and enclose the values.
     locator = MaxNLocator(nbins=4, steps=ROUND_STEPS)

@@ -24,6 +24,7 @@ from postprocess.agreement.reference_model import load_trained
 from postprocess.run_folder import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
+    RESULT_FILES,
     Run,
     adapter_settings,
     check_recipe,
@@ -39,20 +40,9 @@ from preprocess.core.files import atomic_file, read_object, write_json
 from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.data.datasets import read_pairs, split
 
-WRITTEN_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "contract.json",
-    "model_input.py",
-    "metrics.json",
-    "predictions.parquet",
-    "config.json",
-)
 # PEFT's names of the two factors of a low-rank change; an embedding's have no `.weight` behind them.
 A_NAME = re.compile(r".+\.(lora_A\.weight|lora_embedding_A)")
 B_NAME = re.compile(r".+\.(lora_B\.weight|lora_embedding_B)")
-# What differs between the runs of one recipe without changing what an adapter means.
-IGNORED_SETTINGS = ("peft_version",)
 
 
 def average(recipe: Recipe, members: Sequence[Path]) -> None:
@@ -60,10 +50,6 @@ def average(recipe: Recipe, members: Sequence[Path]) -> None:
 
     The validation rows are the fixed sample of a run that trained on everything, since most of them
     were trained on by some member.
-
-    Args:
-        recipe: The recipe of the runs, with the folder of the mean as its run folder.
-        members: The folders of the runs.
 
     Raises:
         UserError: The members are not runs of one contract, or have no mean (DoRA).
@@ -76,7 +62,7 @@ def average(recipe: Recipe, members: Sequence[Path]) -> None:
 
     # Nothing of an earlier run may vouch for this one.
     folder.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN_FILES:
+    for name in (*RESULT_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "config.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("model_input.py", "config.json", *contract.tokenizer_sha256):
         if (first / name).is_file():
@@ -116,47 +102,38 @@ def check_members(members: Sequence[Path], mean_folder: Path) -> None:
 
 def check_alike(first: Path, other: Path) -> None:
     """Raise UserError where two runs differ in a way that leaves their adapters without a mean."""
-    first_contract = asdict(read_contract(first)[0])
-    other_contract = asdict(read_contract(other)[0])
-    for key, value in first_contract.items():
-        if key != "recorded" and value != other_contract[key]:
+    first_facts = read_facts(first)
+    other_facts = read_facts(other)
+    for file, key in {**first_facts, **other_facts}:
+        if first_facts.get((file, key)) != other_facts.get((file, key)):
             raise UserError(
-                f"{other / 'contract.json'}: {key} is not that of {first}; only adapters that were trained "
+                f"{other / file}: {key} is not that of {first}; only adapters that were trained "
                 "with one recipe on one base have a mean"
             )
 
-    # With one recipe, ranks, scalings and modules are the same.
-    first_settings = read_lora_settings(first)
-    other_settings = read_lora_settings(other)
-    for key in sorted(first_settings.keys() | other_settings.keys()):
-        if first_settings.get(key) != other_settings.get(key):
-            raise UserError(f"{other / ADAPTER_SETTINGS}: {key} is not that of {first}")
 
-    # A QLoRA adapter corrects the rounding of its base too.
-    if read_quantization(first) != read_quantization(other):
-        raise UserError(
-            f"{other / 'config.json'}: quantization_config is not that of {first}: LoRA and QLoRA do not mix"
-        )
+def read_facts(folder: Path) -> dict[tuple[str, str], object]:
+    """Read what the members of a mean must share: values by file and key."""
+    facts = {}
+    contract, _ = read_contract(folder)
+    for key, value in asdict(contract).items():
+        if key != "recorded":
+            facts["contract.json", key] = value
 
-
-def read_lora_settings(folder: Path) -> dict[str, object]:
-    """Read the settings of a run's adapter, so that they can be compared with another run's."""
-    compared_settings = {}
+    # With one recipe, ranks, scalings and modules are the same; PEFT's version need not be.
     for key, value in adapter_settings(folder).items():
         # PEFT writes sets as lists, in any order.
         if isinstance(value, list):
             value = sorted(map(str, value))
-        if key not in IGNORED_SETTINGS:
-            compared_settings[key] = value
-    return compared_settings
+        if key != "peft_version":
+            facts[ADAPTER_SETTINGS, key] = value
 
-
-def read_quantization(folder: Path) -> object:
-    """Read how a run's base was quantised during training; None for 16 bits."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    return read_object(file).get("quantization_config")
+    # A QLoRA adapter corrects the rounding of its base too, and has no mean with one of plain LoRA.
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        quantization = read_object(config_file).get("quantization_config")
+        facts["config.json", "quantization_config"] = quantization
+    return facts
 
 
 def write_adapter(folder: Path, members: Sequence[Path]) -> int:

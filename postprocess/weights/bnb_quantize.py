@@ -21,12 +21,9 @@ INT8_FORMAT = torch.tensor(0, dtype=torch.uint8)  # bitsandbytes' only layout of
 
 
 def quantization_config(kind: str, head: list[str], double: bool = False) -> BitsAndBytesConfig:
-    """Describe a kind of quantisation as transformers does.
+    """Describe nf4 or int8 as transformers does: the modules of the head stay in 16 bits.
 
-    Args:
-        kind: nf4 or int8.
-        head: The modules that stay in 16 bits.
-        double: Whether the scales of nf4 are quantised too.
+    `double` quantises the scales of nf4 too.
     """
     # A T4 computes in float16; the weights are unpacked to it layer by layer.
     if kind == "nf4":
@@ -71,18 +68,11 @@ def quantised_bytes(shape: tuple[int, ...], settings: BitsAndBytesConfig) -> int
 
 
 def quantise(
-    name: str,
-    shape: tuple[int, int],
-    pieces: Iterable[torch.Tensor],
-    settings: BitsAndBytesConfig,
+    name: str, shape: tuple[int, int], pieces: Iterable[torch.Tensor], settings: BitsAndBytesConfig
 ) -> dict[str, torch.Tensor]:
     """Quantise one weight, some rows at a time: bitsandbytes needs ten times the memory of what it is given.
 
-    Args:
-        name: The weight's name in the model.
-        shape: Its shape, (outputs, inputs).
-        pieces: Its rows in float16, a multiple of 64 at a time, so that no block of nf4 is cut in two.
-        settings: As quantization_config gives them.
+    The pieces are its rows in float16, a multiple of 64 at a time, so that no block of nf4 is cut in two.
 
     Returns:
         The tensors that are stored of it, by name: the bytes that the whole weight would give.
@@ -119,9 +109,6 @@ def quantise_nf4(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bitsandbytes finds a number's code by a binary search, one number at a time. Counting the bounds that
     lie below the number gives the same code, and a CPU compares a whole vector of numbers at once.
 
-    Args:
-        numbers: A tensor of any shape, finite.
-
     Returns:
         The codes, two in a byte (uint8, (numbers / 2, 1)), and the scale of each block of 64 numbers
         (float32).
@@ -154,12 +141,9 @@ def quantise_nf4(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_nf4_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) -> bnb.QuantState:
-    """Make the state that bitsandbytes' quantize_4bit would return for a whole weight.
+    """Make the state that bitsandbytes' quantize_4bit would return for a whole weight, of the scales of its blocks.
 
-    Args:
-        scales: The scale of each block of 64 numbers.
-        shape: The weight's shape, (outputs, inputs).
-        is_double: Whether the scales are quantised too (double quantisation).
+    Double quantisation rounds the scales too.
     """
     state = bnb.QuantState(
         absmax=scales,

@@ -15,21 +15,11 @@ ROWS = 256
 
 
 def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
-    """Choose up to 256 training rows to calibrate on, by a hash of seed and id.
+    """Choose up to 256 training rows to calibrate on, in the order of a hash of seed and id.
 
     None of them is in predictions.parquet, the rows that a package is checked on: calibrating on those
     would flatter it. With fold `all`, every row of a small file is in there, and was trained on too: then
     it is any of them.
-
-    Args:
-        run: The trained run.
-        seed: Another one chooses other rows.
-
-    Returns:
-        The rows in the order of the hash.
-
-    Raises:
-        UserError: Every row is checked, so that none is left.
     """
     pairs_file, predictions = run.validation_files()
     fold = run.recipe.pairwise.fold

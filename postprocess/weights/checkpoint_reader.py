@@ -16,15 +16,10 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of an open checkpoint by name; pages are mapped in when a tensor is read.
+    """The tensors of an open checkpoint by name; pages are mapped in when a tensor is read."""
 
-    Attributes:
-        path: The file, or the folder of shards.
-        handles: safetensors' open file for each tensor.
-    """
-
-    path: Path
-    handles: Mapping[str, safe_open]
+    path: Path  # the file, or the folder of shards
+    handles: Mapping[str, safe_open]  # safetensors' open file for each tensor
 
     def names(self) -> list[str]:
         """List every tensor's name."""
@@ -41,11 +36,7 @@ class Tensors:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Tensors]:
-    """Open a safetensors file, or a folder with model.safetensors or its shards and their index.
-
-    Raises:
-        UserError: A file is missing or broken.
-    """
+    """Open a safetensors file, or a folder with model.safetensors or its shards and their index."""
     paths = find_files(path) if path.is_dir() else [path]
     handles = {}
 

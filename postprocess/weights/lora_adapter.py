@@ -47,16 +47,11 @@ KNOWN_SETTINGS = {field.name for field in fields(LoraConfig)}
 
 @dataclass(frozen=True)
 class Adapter:
-    """What training changed, by the names that the tensors have in the model.
+    """What training changed, by the names that the tensors have in the model."""
 
-    Attributes:
-        path: The adapter's file.
-        layers: PEFT's layer for each weight that has a low-rank change.
-        replacements: The tensors that were trained whole: heads, biases, modules_to_save.
-    """
-
-    path: Path
-    layers: Mapping[str, LoraLayer]
+    path: Path  # the adapter's file
+    layers: Mapping[str, LoraLayer]  # PEFT's layer for each weight that has a low-rank change
+    # The tensors that were trained whole: heads, biases, modules_to_save.
     replacements: Mapping[str, torch.Tensor]
 
 
@@ -85,11 +80,7 @@ def load_low_rank_parts(
     low_rank_parts: Mapping[str, torch.Tensor],
     file: Path,
 ) -> PeftModel:
-    """Build PEFT's layers by the adapter's settings, and give them the matrices of its file.
-
-    Raises:
-        UserError: PEFT cannot build them on this model, or the file has matrices that no layer takes.
-    """
+    """Build PEFT's layers by the adapter's settings, and give them the matrices of its file."""
     architecture = type(model).__name__
     try:
         peft_model = build_peft_model(model, settings)
@@ -127,9 +118,6 @@ def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
     Returns:
         The parts of low-rank changes by their names in PEFT's model, and the tensors that were trained
         whole by their names in the model.
-
-    Raises:
-        UserError: The file is broken or not an adapter's.
     """
     low_rank_parts = {}
     replacements = {}
@@ -213,15 +201,7 @@ def check_complete(layers: Mapping[str, LoraLayer], file: Path) -> None:
 
 
 def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
-    """Add a layer's low-rank change to its base weight, in float32.
-
-    Args:
-        layer: The layer, whose adapter's tensors are loaded and whose base weight is not.
-        base_weight: The weight before training, of any floating-point dtype.
-
-    Returns:
-        The merged weight in float32.
-    """
+    """Add a layer's low-rank change to its base weight, in float32, whatever dtype the base has."""
     is_plain_lora = isinstance(layer, Linear) and ADAPTER_NAME not in layer.lora_variant
     if is_plain_lora:
         return merge_plain_lora(layer, base_weight)

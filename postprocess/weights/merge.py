@@ -18,20 +18,10 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from postprocess.run_folder import Run, adapter_settings
-from postprocess.weights.bnb_quantize import (
-    quantise,
-    quantised_bytes,
-    quantised_weights,
-)
+from postprocess.weights.bnb_quantize import quantise, quantised_bytes, quantised_weights
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.lora_adapter import Adapter, load_adapter, merge_layer
-from postprocess.weights.meta_model import (
-    LABELLED,
-    Skeleton,
-    empty_model,
-    model_skeleton,
-    untie,
-)
+from postprocess.weights.meta_model import LABELLED, Skeleton, empty_model, model_skeleton, untie
 from postprocess.weights.shard_writer import SHARD_BYTES, Stored, write_shards
 from postprocess.weights.smooth_quant import Smoothing
 from preprocess.core.errors import UserError
@@ -45,38 +35,24 @@ ROWS_MULTIPLE = 64  # of a piece's rows, so that no block of nf4 is cut in two
 
 @dataclass(frozen=True)
 class Form:
-    """In which form a model is written.
+    """In which form a model is written."""
 
-    Attributes:
-        quantization: How its layers are quantised; None for 16 bits.
-        dtype: The dtype of what is not quantised.
-        smoothing: What SmoothQuant changes; None for nothing.
-        keeps_adapter_apart: Leave out low-rank changes. What the adapter holds whole (the head) is in.
-    """
-
-    quantization: BitsAndBytesConfig | None = None
-    dtype: torch.dtype = torch.float16
+    quantization: BitsAndBytesConfig | None = None  # of its layers; None for 16 bits
+    dtype: torch.dtype = torch.float16  # of what is not quantised
     smoothing: Smoothing | None = None
+    # Leave out low-rank changes. What the adapter holds whole (the head) is in.
     keeps_adapter_apart: bool = False
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a model is made of.
+    """What a model is made of."""
 
-    Attributes:
-        skeleton: The names and shapes of the tensors that are to be written.
-        base: The open checkpoint of the base model.
-        base_names: Each tensor's name in that checkpoint.
-        adapter: What training changed; None where the base is all there is.
-        smoothing: What SmoothQuant changes after that; None for nothing.
-    """
-
-    skeleton: Skeleton
-    base: Tensors
-    base_names: Mapping[str, str]
-    adapter: Adapter | None
-    smoothing: Smoothing | None
+    skeleton: Skeleton  # the names and shapes of the tensors that are to be written
+    base: Tensors  # the open checkpoint of the base model
+    base_names: Mapping[str, str]  # each tensor's name in that checkpoint
+    adapter: Adapter | None  # what training changed; None where the base is all there is
+    smoothing: Smoothing | None  # what SmoothQuant changes after that
 
     def trained_path(self) -> Path:
         """Name the file that training wrote."""
@@ -99,15 +75,7 @@ class Sources:
         return tensor
 
     def read_pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Read a tensor as it is after training, some rows at a time, so that little memory is needed.
-
-        Args:
-            name: The tensor's name in the model.
-            dtype: What floating-point numbers are rounded to.
-
-        Raises:
-            UserError: A number is not finite, or does not fit `dtype`.
-        """
+        """Read a tensor as it is after training, rounded to `dtype`, some rows at a time: that needs little memory."""
         # Whatever precision a weight is stored in, it is rounded once.
         for piece in split_rows(self.read(name)):
             rounded = piece.to(dtype) if piece.is_floating_point() else piece
@@ -229,7 +197,12 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
     if run.has_adapter:
         adapter = load_adapter(run.folder, empty_model(skeleton.config, run.contract.head))
         if was_untied(skeleton, adapter, adapter_settings(run.folder)):
-            check_can_untie(adapter, tied_names, form)
+            # A base that stays as it is has one tensor for two.
+            if form.keeps_adapter_apart:
+                raise UserError(
+                    f"{adapter.path}: trained {' or '.join(tied_names)}, which is the embedding in this base; "
+                    "only adapter: merged keeps the two apart"
+                )
             skeleton = untie(skeleton)
         if form.keeps_adapter_apart:
             adapter = replace(adapter, layers={})
@@ -250,13 +223,8 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
 
 
 def was_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, object]) -> bool:
-    """Find out whether two tensors that are one in the base, such as embedding and output layer, were trained apart.
-
-    Args:
-        skeleton: The model as the base has it.
-        adapter: What was trained.
-        settings: adapter_config.json. PEFT trains them apart unless `ensure_weight_tying` is true.
-    """
+    """Find out whether two tensors that are one in the base, such as embedding and output layer, were trained apart."""
+    # PEFT trains them apart unless its settings forbid that.
     if settings.get("ensure_weight_tying"):
         return False
 
@@ -265,15 +233,6 @@ def was_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, obje
         if name in trained_names or source in trained_names:
             return True
     return False
-
-
-def check_can_untie(adapter: Adapter, tied_names: Mapping[str, str], form: Form) -> None:
-    """Raise UserError where the base stays as it is, which has one tensor for two."""
-    if form.keeps_adapter_apart:
-        raise UserError(
-            f"{adapter.path}: trained {' or '.join(tied_names)}, which is the embedding in this base; "
-            "only adapter: merged keeps the two apart"
-        )
 
 
 def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
@@ -322,11 +281,7 @@ def check_shapes(sources: Sources) -> None:
 def check_replacements(
     adapter: Adapter, skeleton: Skeleton, tied_names: Mapping[str, str], has_own_head: bool
 ) -> None:
-    """Check the tensors that an adapter holds whole.
-
-    Raises:
-        UserError: The model has no such tensor, or the head is missing.
-    """
+    """Check the tensors that an adapter holds whole."""
     unknown_names = adapter.replacements.keys() - skeleton.shapes.keys() - tied_names.keys()
     if unknown_names:
         raise UserError(

@@ -14,24 +14,20 @@ from preprocess.model_input import Contract
 
 # Heads that are modules of their own, whose outputs have names.
 LABELLED = ("score", "reward")
+# What transformers raises over a configuration with a value that it does not expect.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, ArithmeticError, KeyError)
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The model that is to be filled.
-
-    Attributes:
-        config: Its configuration.
-        shapes: The shape of each tensor by name, without those that are tied.
-        prefix: What the names of the tensors below the head start with.
-        head: The names of the head's tensors.
-        tied: For each tensor that is another one's bytes, and in no file, the name of the other.
-    """
+    """The model that is to be filled."""
 
     config: PretrainedConfig
+    # The shape of each tensor by name, without those that are tied.
     shapes: Mapping[str, tuple[int, ...]]
-    prefix: str
-    head: tuple[str, ...]
+    prefix: str  # what the names of the tensors below the head start with
+    head: tuple[str, ...]  # the names of the head's tensors
+    # For each tensor that is another one's bytes, and in no file, the name of the other.
     tied: Mapping[str, str]
 
 
@@ -59,11 +55,7 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
 
 
 def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
-    """Read a configuration, and set labels, padding token and soft cap as the contract says.
-
-    Raises:
-        UserError: It cannot be read, or is that of a quantised model.
-    """
+    """Read a configuration, and set labels, padding token and soft cap as the contract says."""
     config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise UserError(
@@ -125,15 +117,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read a model's configuration; a UserError where transformers cannot."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        KeyError,
-        StrictDataclassError,
-    ) as error:
+    except (*UNREADABLE, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder / 'config.json'}: transformers cannot read it ({reason})"

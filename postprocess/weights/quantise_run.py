@@ -18,14 +18,9 @@ from preprocess.core.errors import UserError
 
 
 def quantise_merged(run: Run, merged: Path, kind: str, out: Path, key: str = "") -> None:
-    """Write the merged model of a run, quantised but for its head, as a folder.
+    """Write the merged model of a run, in nf4 or int8 but for its head, as a folder.
 
-    Args:
-        run: The trained run.
-        merged: The folder of its merged model in 16 bits.
-        kind: nf4, or int8 with the outliers of activations smoothed.
-        out: The folder.
-        key: An interrupted call with the same key is continued at its shard.
+    An interrupted call with the same key is continued at its shard.
     """
     smoothing = calibrate_smoothing(run, merged) if kind == "int8" else None
     # The head is small, and decides: it stays in 16 bits.

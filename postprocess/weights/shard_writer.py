@@ -41,19 +41,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on its way into a file.
+    """A tensor on its way into a file."""
 
-    Attributes:
-        name: Its name in the file.
-        dtype: Its dtype there.
-        shape: Its shape there.
-        pieces: Its values in order, some at a time.
-    """
-
-    name: str
+    name: str  # in the file, as are dtype and shape
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: Iterable[torch.Tensor]
+    pieces: Iterable[torch.Tensor]  # its values in order, some at a time
 
 
 def write_shards(
@@ -94,11 +87,7 @@ def write_shards(
 
 
 def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Divide weights among shards, in their order.
-
-    Returns:
-        The names of each shard's weights.
-    """
+    """Divide weights among shards, in their order: the names of each shard's weights."""
     shards: list[list[str]] = []
     bytes_left = 0
     for weight, size in weight_bytes.items():

@@ -21,29 +21,19 @@ STRENGTH = 0.5
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers with the same input, and the module that gives it.
+    """Linear layers with the same input, and the module that gives it."""
 
-    Attributes:
-        source: The norm, or the linear layer whose output is multiplied into the input.
-        targets: The linear layers.
-    """
-
-    source: str
+    source: str  # the norm, or the linear layer whose output is multiplied into the input
     targets: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What SmoothQuant changes in a model, by the names of its tensors.
+    """What SmoothQuant changes in a model, by the names of its tensors."""
 
-    Attributes:
-        norms: New weights of norms, in float16.
-        columns: For weights of linear layers, a factor on each input.
-        rows: For weights and biases of linear layers, a divisor of each output.
-    """
-
-    norms: Mapping[str, torch.Tensor]
-    columns: Mapping[str, torch.Tensor]
+    norms: Mapping[str, torch.Tensor]  # new weights of norms, in float16
+    columns: Mapping[str, torch.Tensor]  # for weights of linear layers, a factor on each input
+    # For weights and biases of linear layers, a divisor of each output.
     rows: Mapping[str, torch.Tensor]
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -92,8 +82,7 @@ def find_groups(model: PreTrainedModel) -> list[Group]:
 def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smoothing:
     """Compute by how much each channel is scaled down in activations, and up in the weights that read them.
 
-    Returns:
-        What is to be changed. Nothing is changed in `model`.
+    Nothing is changed in `model`.
     """
     groups = find_groups(model)
     largest_inputs = measure_inputs(model, groups, sequences)

@@ -40,12 +40,8 @@ FOR_KAGGLE = (
 def make_wheels(out: Path, slug: str) -> bool:
     """Bring the dataset's folder up to date, and print its wheels.
 
-    Args:
-        out: The folder, which is replaced as a whole, or left as it was where this fails.
-        slug: The dataset's slug on Kaggle.
-
     Returns:
-        Whether anything had to be made.
+        Whether anything had to be made. The folder is replaced as a whole, or left as it was where this fails.
 
     Raises:
         UserError: A wheel is missing or not the pinned one; or `out` holds something else, which
@@ -91,9 +87,7 @@ def make_wheels(out: Path, slug: str) -> bool:
 def is_current(out: Path, slug: str) -> bool:
     """Find out whether the folder holds just the pinned wheels, byte for byte.
 
-    Args:
-        out: The folder. The account that `push` writes into its metadata does not count.
-        slug: The dataset's slug on Kaggle.
+    The account that `push` writes into its metadata does not count.
     """
     try:
         title = read_object(out / METADATA)["title"]

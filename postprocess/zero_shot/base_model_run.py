@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 from postprocess.agreement.model_scores import score_column, write_results
 from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import by_hash
-from postprocess.run_folder import Run
+from postprocess.run_folder import RESULT_FILES, Run
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import find_base_names
-from postprocess.weights.meta_model import Skeleton, model_skeleton
+from postprocess.weights.meta_model import model_skeleton
 from postprocess.zero_shot.position_bias import find_logit_bias
 from preprocess import model_input
 from preprocess.core.errors import UserError
@@ -29,7 +29,6 @@ from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.datasets import read_pairs, split
 
-RESULT_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
 SMALLEST = 1e-30  # of a probability in float32, before its logarithm
 
 
@@ -65,7 +64,9 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
         bias = find_logit_bias(logits_rov, contract.verdicts)
         contract = replace(contract, logit_bias=bias)
         run = replace(run, contract=contract)
-        print_bias(contract)
+        # It is -d/2 for model_a and d/2 for model_b.
+        position_bias = 2 * bias[contract.verdicts.index("model_b")]
+        print(f"  position bias: {position_bias:+.3f} on the first answer's logit, cancelled")
     end_of_calibration = time.monotonic()
 
     # The keys that training writes too, so that later stages read both alike.
@@ -87,11 +88,7 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
 
 
 def load_tokenizer(recipe: Recipe, base: Path):
-    """Load the base model's tokenizer with the recipe's special_tokens.
-
-    Raises:
-        UserError: There is no fast tokenizer or no pad token, or a special token is new to it.
-    """
+    """Load the base model's tokenizer with the recipe's special_tokens."""
     try:
         # From the folder alone: nothing is fetched, and no code of a model is run.
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -110,11 +107,7 @@ def load_tokenizer(recipe: Recipe, base: Path):
 
 
 def add_special_tokens(tokenizer, recipe: Recipe, base: Path) -> None:
-    """Give a tokenizer the special tokens that a recipe names; they must be in its vocabulary already.
-
-    Raises:
-        UserError: They are not special tokens, or one is new: it has no trained embedding.
-    """
+    """Give a tokenizer the special tokens that a recipe names; they must be in its vocabulary already."""
     vocabulary_size = len(tokenizer)
     special_tokens = recipe.axolotl.get("special_tokens") or {}
     try:
@@ -158,12 +151,8 @@ def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
         raise UserError(
             f"pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} positions; lower it"
         )
-    check_has_head(base, skeleton)
-    return contract
 
-
-def check_has_head(base: Path, skeleton: Skeleton) -> None:
-    """Raise UserError where a checkpoint lacks the head's tensors, for which transformers would make random ones."""
+    # transformers would make random tensors of a head that the checkpoint lacks.
     with open_tensors(base) as tensors:
         base_names = find_base_names(tensors, skeleton)
     missing_names = [name for name in skeleton.head if name not in base_names]
@@ -172,6 +161,7 @@ def check_has_head(base: Path, skeleton: Skeleton) -> None:
             f"{base}: has no {', '.join(missing_names)}, so that its answers would be random; with train: false, "
             "choose head: label_tokens, or a base model that has this head"
         )
+    return contract
 
 
 def choose_calibration_rows(training: pl.DataFrame, validation: pl.DataFrame) -> pl.DataFrame:
@@ -190,14 +180,7 @@ def choose_calibration_rows(training: pl.DataFrame, validation: pl.DataFrame) ->
 def score_rows(
     description: str, run: Run, model: torch.nn.Module, tokenizer, rows: pl.DataFrame
 ) -> np.ndarray:
-    """Score rows in both orders.
-
-    Returns:
-        Probabilities (rows, orders, verdicts).
-
-    Raises:
-        UserError: A probability is not finite.
-    """
+    """Score rows in both orders, (rows, orders, verdicts)."""
     pairs = [pair_from_row(row) for row in rows.iter_rows(named=True)]
     try:
         return score_column(description, model, run, tokenizer, pairs).probabilities_rov
@@ -222,9 +205,3 @@ def compute_logits(run: Run, model: torch.nn.Module, tokenizer, rows: pl.DataFra
 
     # The logarithms of a softmax are its logits, all less the same constant, which the bias does not see.
     return np.log(np.clip(probabilities_rov, SMALLEST, 1))
-
-
-def print_bias(contract: Contract) -> None:
-    """Print which position bias calibration found: -d/2 for model_a, d/2 for model_b."""
-    position_bias = 2 * contract.logit_bias[contract.verdicts.index("model_b")]
-    print(f"  position bias: {position_bias:+.3f} on the first answer's logit, cancelled")

@@ -10,10 +10,9 @@ Calibration"). What those methods assume, that all labels are equally likely, bo
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.optimize import bisect
 
 from recipes.pairwise.tracking.metrics import softmax
-
-BISECTION_STEPS = 100  # float64 is exhausted after about 60
 
 
 def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[float, ...]:
@@ -35,19 +34,12 @@ def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[fl
     direction_v[first] = -0.5
     direction_v[second] = 0.5
 
-    # Beyond the smallest and the largest margin, every row prefers the same place.
-    margins_b = logits_bv[:, first] - logits_bv[:, second]
-    low = float(margins_b.min())
-    high = float(margins_b.max())
-    for _ in range(BISECTION_STEPS):
-        middle = (low + high) / 2
-        # The preference falls as the bias grows, so that bisection finds its zero.
-        probabilities_bv = softmax(logits_bv + middle * direction_v)
-        preference = (probabilities_bv[:, first] - probabilities_bv[:, second]).mean()
-        if preference > 0:
-            low = middle
-        else:
-            high = middle
+    def measure_preference(bias: float) -> float:
+        probabilities_bv = softmax(logits_bv + bias * direction_v)
+        return (probabilities_bv[:, first] - probabilities_bv[:, second]).mean()
 
-    bias_v = (low + high) / 2 * direction_v
-    return tuple(float(number) for number in bias_v)
+    # The preference falls as the bias grows. Beyond the smallest and the largest margin, every row
+    # prefers the same place: its zero lies between them.
+    margins_b = logits_bv[:, first] - logits_bv[:, second]
+    bias = bisect(measure_preference, margins_b.min() - 1, margins_b.max() + 1)
+    return tuple(float(number) for number in bias * direction_v)

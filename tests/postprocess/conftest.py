@@ -3,12 +3,13 @@
 import shutil
 
 import pytest
-from click.testing import CliRunner
 
-from postprocess.__main__ import main
 from postprocess.run_folder import read_run
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
+
+# What the command makes of a run; the run of a session may have been packaged by another test.
+MADE_OF_A_RUN = ("merged", "quantised*", "unmerged", "package", "agreement.*", "scores*.json", "postprocess.json")
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +34,7 @@ def packaged(made):
     def build(kind: str, **options) -> tuple[runs.Made, str]:
         run = made(kind, **options)
         if run.folder not in printed:
-            result = CliRunner().invoke(main, [str(run.recipe)], catch_exceptions=False)
-            assert result.exit_code == 0, result.output
-            printed[run.folder] = result.output
+            printed[run.folder] = runs.succeed(run.recipe)
         return run, printed[run.folder]
 
     return build
@@ -47,9 +46,7 @@ def copied(made, tmp_path):
 
     def copy(kind: str = "gemma2", **options) -> runs.Made:
         run = made(kind, **options)
-        shutil.copytree(
-            run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged", "quantised", "package", "*.json.*")
-        )
+        shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns(*MADE_OF_A_RUN))
         recipe = tmp_path / "recipe.yml"
         recipe.write_text(run.recipe.read_text().replace(str(run.folder), str(tmp_path / "run")))
         return runs.Made(recipe, tmp_path / "run", run.base, run.model)

@@ -4,6 +4,7 @@ A run is of one head (score, reward, label_tokens), and of a base in 16 bits or,
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import polars as pl
 import torch
 import yaml
+from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
@@ -20,6 +22,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
+from postprocess.__main__ import main
 from preprocess import model_input
 from recipes.pairwise.config.axolotl_keys import PLUGIN
 from recipes.pairwise.config.schema import PairwiseBlock
@@ -134,6 +137,35 @@ def make(
     return Made(recipe, run_folder, base, model)
 
 
+def invoke(recipe: Path, *options: str) -> Result:
+    """The command `python -m postprocess RECIPE`."""
+    return CliRunner().invoke(main, [str(recipe), *options])
+
+
+def succeed(recipe: Path, *options: str) -> str:
+    """What the command prints, which must end well."""
+    result = invoke(recipe, *options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def refuse(recipe: Path, *options: str) -> str:
+    """The one line of error of the command, which must end with exit code 2."""
+    result = invoke(recipe, *options)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), (result.output, result.exception)
+    return result.stderr
+
+
+def made_stages(printed: str) -> list[str]:
+    """The stages that the command has made, by what it printed."""
+    return re.findall(r"^(\S+) +[\d.]+ s   /", printed, re.MULTILINE)
+
+
+def current_stages(printed: str) -> list[str]:
+    """The stages that were up to date, by what the command printed."""
+    return re.findall(r"^(\S+) +up to date ", printed, re.MULTILINE)
+
+
 def set_json(file: Path, **values) -> None:
     """Change keys of a JSON file, or write them where there is none."""
     before = json.loads(file.read_text()) if file.exists() else {}
@@ -145,6 +177,16 @@ def change_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], objec
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
+
+
+def with_json(name: str, **values) -> Callable[[Made], object]:
+    """A damage to a run: other values in one of its files."""
+    return lambda made: set_json(made.folder / name, **values)
+
+
+def in_adapter(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Made], object]:
+    """A damage to a run: its adapter's tensors after `change(tensors)`."""
+    return lambda made: change_tensors(made.folder / "adapter_model.safetensors", change)
 
 
 def change_base(made: Made, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

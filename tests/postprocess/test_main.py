@@ -5,26 +5,17 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from postprocess.__main__ import main
-from postprocess.run_folder import check_recipe, read_run
+from postprocess.run_folder import check_recipe
 from postprocess.weights.lora_adapter import merge_layer
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
+from tests.postprocess.runs import with_json
 
-KNOWN = ("merge", "quantise", "scores", "agreement", "package")
 STAGES = ["merge", "quantise", "scores", "agreement", "package"]
-
-
-def invoke(run):
-    return CliRunner().invoke(main, [str(run.recipe)])
-
-
-def stage_lines(output):
-    return [line.split()[0] for line in output.splitlines() if line.split()[0] in KNOWN and not line.startswith(" ")]
+HEAD = "base_model.model.score.weight"
 
 
 def snapshot(folder):
@@ -33,7 +24,7 @@ def snapshot(folder):
 
 def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
     run, printed = packaged("gemma2", quantize="nf4")
-    assert stage_lines(printed) == STAGES
+    assert runs.made_stages(printed) == STAGES
     before = snapshot(run.folder)
     code = (
         "import sys; from postprocess.__main__ import main; main(sys.argv[1:], standalone_mode=False); "
@@ -56,7 +47,7 @@ def test_each_layer_is_merged_once_and_the_merged_model_does_not_stay(options, c
         return merge_layer(layer, tensor)
 
     monkeypatch.setattr("postprocess.weights.merge.merge_layer", merge_and_count)
-    assert invoke(run).exit_code == 0
+    runs.succeed(run.recipe)
     adapter = load_file(run.folder / "adapter_model.safetensors")
     assert len(merged_layers) == len([name for name in adapter if "lora_A" in name])
     assert not (run.folder / ".merged").exists()
@@ -65,34 +56,27 @@ def test_each_layer_is_merged_once_and_the_merged_model_does_not_stay(options, c
 
 def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves_no_package(copied):
     run = copied(quantize="none")
-    assert invoke(run).exit_code == 0
+    runs.succeed(run.recipe)
     path = run.folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors["base_model.model.score.weight"] *= 1.01
-    save_file(tensors, path)
-    result = invoke(run)
-    assert result.exit_code == 0
-    assert "up to date" not in result.stdout
+    runs.change_tensors(path, lambda tensors: tensors[HEAD].mul_(1.01))
+    assert runs.current_stages(runs.succeed(run.recipe)) == []
     head = load_file(run.folder / "package" / "model.safetensors")["score.weight"]
-    assert head.equal(tensors["base_model.model.score.weight"].half())
+    assert head.equal(load_file(path)[HEAD].half())
     path.write_bytes(path.read_bytes()[:-100])
-    assert invoke(run).exit_code == 2
+    runs.refuse(run.recipe)
     assert not (run.folder / "package").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "changed"),
-    [("tolerance", 0.3, 0.25), ("tolerance_log_loss", 0.9, 0.8), ("tolerance_verdicts", 0.9, 0.8)],
-)
-def test_another_tolerance_scores_nothing_again(key, value, changed, copied):
-    run = copied(quantize="nf4", **{key: value})
-    assert stage_lines(invoke(run).stdout) == STAGES
-    run.recipe.write_text(run.recipe.read_text().replace(f"{key}: {value}", f"{key}: {changed}"))
-    result = invoke(run)
-    lines = [line.split()[0] for line in result.stdout.splitlines() if "up to date" in line]
-    assert (result.exit_code, lines) == (0, ["quantise", "scores"])
-    bounds = {condition["bound"] for condition in json.loads((run.folder / "agreement.json").read_text())["conditions"]}
-    assert changed in bounds and value not in bounds
+def test_another_tolerance_scores_nothing_again(copied):
+    tolerances = {"tolerance": 0.3, "tolerance_log_loss": 0.9, "tolerance_verdicts": 0.8}
+    run = copied(quantize="nf4", **tolerances)
+    assert runs.made_stages(runs.succeed(run.recipe)) == STAGES
+    for key, value in tolerances.items():
+        run.recipe.write_text(run.recipe.read_text().replace(f"{key}: {value}", f"{key}: {value - 0.05}"))
+        assert runs.current_stages(runs.succeed(run.recipe)) == ["quantise", "scores"], key
+        conditions = json.loads((run.folder / "agreement.json").read_text())["conditions"]
+        bounds = {condition["bound"] for condition in conditions}
+        assert value - 0.05 in bounds and value not in bounds
 
 
 def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
@@ -104,44 +88,41 @@ def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
     assert all(len(row["probabilities"]) == 3 for row in report["golden"])
 
 
-def edit_json(run, name="contract.json", **values):
-    path = run.folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def without(name):
+    """A damage: a file of the run is gone."""
+    return lambda run: (run.folder / name).unlink()
 
 
-def append_to_model_input(run):
-    with (run.folder / "model_input.py").open("a") as file:
-        file.write("# edited\n")
+def with_text(name, text):
+    """A damage: a file of the run holds another text."""
+    return lambda run: (run.folder / name).write_text(text)
 
 
 BAD_RUNS = [
-    (lambda run: (run.folder / "adapter_model.safetensors").unlink(), "train it first with axolotl train"),
+    (without("adapter_model.safetensors"), "train it first with axolotl train"),
     (lambda run: run.folder.rename(run.folder.with_name("moved")), "no such folder; train it first with axolotl train"),
-    (lambda run: (run.folder / "contract.json").unlink(), "weights without contract.json"),
-    (lambda run: (run.folder / "model_input.py").unlink(), "weights without model_input.py"),
-    (lambda run: (run.folder / "metrics.json").unlink(), "weights without metrics.json"),
-    (lambda run: (run.folder / "adapter_config.json").unlink(), "weights without adapter_config.json"),
-    (lambda run: (run.folder / "tokenizer.json").write_text("{}"), "tokenizer.json: missing or changed since training"),
-    (lambda run: (run.folder / "predictions.parquet").unlink(), "predictions.parquet: no such file"),
-    (lambda run: (run.folder / "predictions.parquet").write_text("no"), "predictions.parquet: not the predictions of training"),
-    (lambda run: (run.folder / "model.safetensors").write_text("x"), "holds an adapter and a full model"),
-    (append_to_model_input, "has changed since training"),
-    (lambda run: edit_json(run, base_model="./gone"), "./gone: the base model in contract.json"),
-    (lambda run: edit_json(run, base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
-    (lambda run: edit_json(run, head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
-    (lambda run: edit_json(run, head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
-    (lambda run: edit_json(run, head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
-    (lambda run: edit_json(run, logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
-    (lambda run: edit_json(run, budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
-    (lambda run: edit_json(run, golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
-    (lambda run: (run.folder / "contract.json").write_text("[1, 2]"), "contract.json: expected an object, found [1, 2]"),
-    (
-        lambda run: edit_json(run, "adapter_config.json", r="8"),
-        'adapter_config.json: r: Input should be a valid integer, found "8"',
-    ),
-    (lambda run: (run.folder / "postprocess.json").write_text("[]"), "postprocess.json: expected an object of stages"),
-    (lambda run: (run.folder / "adapter_config.json").write_text("[1]"), "adapter_config.json: expected an object"),
-    (lambda run: edit_json(run, extra=1), "unknown keys ['extra']"),
+    (without("contract.json"), "weights without contract.json"),
+    (without("model_input.py"), "weights without model_input.py"),
+    (without("metrics.json"), "weights without metrics.json"),
+    (without("adapter_config.json"), "weights without adapter_config.json"),
+    (with_text("tokenizer.json", "{}"), "tokenizer.json: missing or changed since training"),
+    (without("predictions.parquet"), "predictions.parquet: no such file"),
+    (with_text("predictions.parquet", "no"), "predictions.parquet: not the predictions of training"),
+    (with_text("model.safetensors", "x"), "holds an adapter and a full model"),
+    (with_text("model_input.py", "# edited"), "has changed since training"),
+    (with_json("contract.json", base_model="./gone"), "./gone: the base model in contract.json"),
+    (with_json("contract.json", base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
+    (with_json("contract.json", head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
+    (with_json("contract.json", head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
+    (with_json("contract.json", head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
+    (with_json("contract.json", logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
+    (with_json("contract.json", budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
+    (with_json("contract.json", golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
+    (with_text("contract.json", "[1, 2]"), "contract.json: expected an object, found list"),
+    (with_json("adapter_config.json", r="8"), 'adapter_config.json: r: Input should be a valid integer, found "8"'),
+    (with_text("postprocess.json", "[]"), "postprocess.json: expected an object of stages"),
+    (with_text("adapter_config.json", "[1]"), "adapter_config.json: expected an object"),
+    (with_json("contract.json", extra=1), "unknown keys ['extra']"),
 ]
 
 
@@ -149,10 +130,7 @@ BAD_RUNS = [
 def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, message, copied):
     run = copied()
     damage(run)
-    result = invoke(run)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert message in runs.refuse(run.recipe)
     assert not (run.folder / "package").exists()
     assert not list(run.folder.parent.rglob("*.tmp"))
 
@@ -160,10 +138,9 @@ def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, messa
 def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copied, monkeypatch):
     run = copied()
     monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
-    result = CliRunner().invoke(main, [str(run.recipe)])
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {run.base}: the trained model takes 0.0 GB")
-    assert "the GPU has 0.0 GB, too little to compare" in result.stderr
+    error = runs.refuse(run.recipe)
+    assert error.startswith(f"error: {run.base}: the trained model takes 0.0 GB")
+    assert "the GPU has 0.0 GB, too little to compare" in error
     assert not (run.folder / "merged").exists()
 
 
@@ -175,23 +152,20 @@ def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copie
         ({"budget_tokens": 129}, "pairwise.budget_tokens is 129, the run was trained with 128"),
     ],
 )
-def test_a_recipe_changed_since_training_is_one_line(tmp_path, tiny_models, changes, line):
-    made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2")
-    values = yaml.safe_load(made.recipe.read_text())
+def test_a_recipe_changed_since_training_is_one_line(copied, changes, line):
+    run = copied()
+    values = yaml.safe_load(run.recipe.read_text())
     values["pairwise"] |= changes
-    made.recipe.write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError) as error:
-        read_run(read_recipe(made.recipe))
-    assert line in str(error.value)
+    run.recipe.write_text(yaml.safe_dump(values))
+    assert line in runs.refuse(run.recipe)
 
 
 @pytest.mark.parametrize("another", ["another/model", "."], ids=["of the hub", "a folder that is there"])
-def test_an_adapter_of_another_base_is_one_line(another, tmp_path, tiny_models):
-    made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2")
-    file = made.folder / "adapter_config.json"
-    file.write_text(file.read_text().replace(str(made.base), another))
+def test_an_adapter_of_another_base_is_one_line(another, copied, opened):
+    run = copied()
+    runs.set_json(run.folder / "adapter_config.json", base_model_name_or_path=another)
     with pytest.raises(UserError, match=f"base_model_name_or_path is {another}, .* an adapter of another base"):
-        read_run(read_recipe(made.recipe))
+        opened(run)
 
 
 @pytest.mark.parametrize(

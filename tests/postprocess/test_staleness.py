@@ -3,16 +3,15 @@
 import ast
 import os
 import shutil
-from pathlib import Path
 
+import grimp
 import pytest
-from click.testing import CliRunner
 
 from postprocess import stage_code, staleness
-from postprocess.__main__ import main
 from postprocess.staleness import Stage, code_hashes, making, skip_if_current
 from preprocess.core.errors import UserError
 from tests.conftest import ROOT
+from tests.postprocess import runs
 
 PROJECT = ("kaggle_kernels", "postprocess", "preprocess", "recipes")
 ENTRY_MODULES = {
@@ -37,37 +36,20 @@ CANNOT_CHANGE_RESULTS = (
 CANNOT_CHANGE_GPTQ = ("kaggle_kernels/runtime/models/scoring.py",)
 
 
-def module_file(name: str) -> Path | None:
-    """The file of a module of this project; None for a folder's docstring, a name in a module, or a library's."""
-    file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-    return file if name.startswith(PROJECT) and file.is_file() else None
-
-
-def imported_files(file: Path) -> set[Path]:
-    names = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return {module_file(name) for name in names} - {None}
-
-
-def all_imported_files(modules: list[str]) -> set[str]:
-    """What the modules import, directly or not, themselves included, as paths below the root."""
-    waiting = {module_file(name) for name in modules}
-    visited = set()
-    while waiting:
-        file = waiting.pop()
-        visited.add(file)
-        waiting |= imported_files(file) - visited
-    return {str(file.relative_to(ROOT)) for file in visited}
+@pytest.fixture(scope="module")
+def import_graph():
+    """Which module of the project imports which."""
+    return grimp.build_graph(*PROJECT, cache_dir=None)
 
 
 @pytest.mark.parametrize("name", ENTRY_MODULES)
-def test_a_stage_lists_every_module_that_it_imports(name):
+def test_a_stage_lists_every_module_that_it_imports(name, import_graph):
+    modules = set(ENTRY_MODULES[name])
+    for entry in ENTRY_MODULES[name]:
+        modules |= import_graph.find_upstream_modules(entry)
     exceptions = CANNOT_CHANGE_RESULTS + (CANNOT_CHANGE_GPTQ if name == "GPTQ" else ())
-    imported = {file for file in all_imported_files(ENTRY_MODULES[name]) if not file.startswith(exceptions)}
+    files = [module.replace(".", "/") + ".py" for module in modules]
+    imported = {file for file in files if (ROOT / file).is_file() and not file.startswith(exceptions)}
     assert len(imported) > 3
     assert sorted(imported - code_hashes(getattr(stage_code, name)).keys()) == []
 
@@ -104,8 +86,7 @@ def test_the_command_makes_again_what_an_edit_concerns(copied, source_copy):
 
     def made_after_edit(name: str) -> list[str]:
         (source_copy / name).write_text((source_copy / name).read_text() + "\n")
-        result = CliRunner().invoke(main, [str(run.recipe)], catch_exceptions=False)
-        return [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line]
+        return runs.made_stages(runs.succeed(run.recipe))
 
     assert made_after_edit("postprocess/weights/merge.py") == ["merge", "quantise", "scores", "agreement", "package"]
     assert made_after_edit("postprocess/sweep.py") == []

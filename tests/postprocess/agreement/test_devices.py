@@ -2,16 +2,14 @@
 
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from postprocess.agreement import devices, reference_model
+from postprocess.agreement import reference_model
 from postprocess.agreement.devices import place_checkpoint, place_package
 from postprocess.agreement.model_scores import load_served
 from postprocess.agreement.reference_model import load_trained
-from postprocess.weights.meta_model import empty_model, model_config
 from recipes.pairwise.training.heads import linear_in_float32
 
 LAYERS = ("model.layers.0", "model.layers.1")
@@ -43,21 +41,8 @@ def test_a_checkpoint_goes_to_the_cpu_to_one_gpu_or_over_several(gpus, expected,
     assert place_checkpoint() == expected
 
 
-@pytest.mark.parametrize(("share", "last_device"), [(1.2, 0), (0.65, 1)])
-def test_layers_go_to_the_second_gpu_only_where_the_first_cannot_hold_them(share, last_device, made, opened, gpus_of):
-    run = opened(made("gemma2"))
-    model = empty_model(model_config(run.weights, run.contract), "score").float()
-    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    gpu_bytes = int(model_bytes * share / devices.WEIGHTS_SHARE_OF_GPU)
-    gpus_of(gpu_bytes, gpu_bytes)
-    device_map = accelerate.infer_auto_device_map(
-        model, max_memory=place_checkpoint()["max_memory"], no_split_module_classes=model._no_split_modules
-    )
-    device_of = {name: device_map.get(name, device_map.get("")) for name in ("model.embed_tokens", "score")}
-    assert device_of == {"model.embed_tokens": 0, "score": last_device}
-
-
 def test_the_trained_model_asks_transformers_for_these_devices_and_keeps_no_cache(made, opened, gpus_of, monkeypatch):
+    run = opened(made("gemma2"))
     gpus_of(100, 200)
     asked = {}
 
@@ -67,7 +52,7 @@ def test_the_trained_model_asks_transformers_for_these_devices_and_keeps_no_cach
 
     monkeypatch.setattr(reference_model.CLASSES["score"], "from_pretrained", from_pretrained)
     with pytest.raises(InterruptedError):
-        load_trained(opened(made("gemma2")))
+        load_trained(run)
     assert (asked["device_map"], asked["max_memory"]) == ("sequential", {0: 85, 1: 170})
     assert asked["config"].use_cache is False
 

@@ -5,10 +5,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from click.testing import CliRunner
 
 from kaggle_kernels.runtime.package import read_tokenizer
-from postprocess.__main__ import main
 from postprocess.agreement.gate import advise
 from postprocess.agreement.model_scores import choose_dtype, score_column
 from postprocess.agreement.reference_model import load_trained
@@ -26,10 +24,9 @@ def left_in(folder):
 
 def refused(run):
     """The error of `python -m postprocess RECIPE`, after which there is no package."""
-    result = CliRunner().invoke(main, [str(run.recipe)])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    error = runs.refuse(run.recipe)
     assert not (run.folder / "package").exists()
-    return result.stderr
+    return error
 
 
 def test_over_the_tolerance_is_exit_code_2_and_leaves_what_to_look_at_and_no_package(copied):
@@ -71,10 +68,10 @@ def test_report_and_table_compare_four_models_on_the_validation_rows(packaged):
 
 def test_a_comparison_whose_table_is_gone_is_made_again_and_a_prediction_that_is_no_number_never_agrees(copied):
     run = copied(quantize="none")
-    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    runs.succeed(run.recipe)
     (run.folder / "agreement.parquet").unlink()
-    again = CliRunner().invoke(main, [str(run.recipe)]).stdout
-    assert "merge      up to date" in again and "agreement  up to date" not in again
+    stages = runs.current_stages(runs.succeed(run.recipe))
+    assert "merge" in stages and "agreement" not in stages
     assert (run.folder / "agreement.parquet").exists()
 
     file = run.folder / "predictions.parquet"
@@ -149,7 +146,7 @@ def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(co
 
     before = [file.stat().st_mtime_ns for file in files]
     run.recipe.write_text(run.recipe.read_text().replace("tolerance_log_loss: 0.004", "tolerance_log_loss: 2.0"))
-    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    runs.succeed(run.recipe)
     assert [file.stat().st_mtime_ns for file in files] == before
 
 

@@ -1,14 +1,7 @@
 import numpy as np
 import pytest
 
-from postprocess.agreement.statistics import (
-    Column,
-    Resamples,
-    difference,
-    estimate_mean,
-    interval,
-    resample,
-)
+from postprocess.agreement.statistics import Column, Resamples, difference, estimate_mean, interval, resample
 from tests.postprocess.agreement.compared import column
 
 

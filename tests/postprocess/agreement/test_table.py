@@ -3,8 +3,9 @@ import json
 import numpy as np
 import polars as pl
 
+from postprocess.agreement.slices import groups_of
 from postprocess.agreement.statistics import Column
-from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
+from postprocess.agreement.table import probability_table, table_lines, without_nan
 from tests.postprocess.agreement.compared import TRAINED, column, report
 
 THREE = ("tie", "model_b", "model_a")
@@ -31,7 +32,7 @@ def test_the_table_of_probabilities_has_two_rows_a_pair_and_three_columns_a_mode
 
 
 def test_a_row_without_a_group_is_a_group_of_its_own():
-    rows = pl.DataFrame({"id": ["a", "b", "c", "d", "e"], "group": [7, 3, 7, None, None]})
+    rows = pl.DataFrame({"id": ["a", "b", "c", "7", "e"], "group": [7, 3, 7, None, None]})
     assert len(set(groups_of(rows))) == 4
     assert groups_of(rows)[0] == groups_of(rows)[2]
     assert groups_of(rows.drop("group")).tolist() == [0, 1, 2, 3, 4]

@@ -64,6 +64,13 @@ def label(teacher, *arguments):
     return CliRunner().invoke(main, [str(teacher.recipe), *arguments])
 
 
+def refused(teacher, *arguments) -> str:
+    """The one line of error of a command that ends with exit code 2."""
+    result = label(teacher, *arguments)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    return result.output
+
+
 def test_a_row_is_labelled_by_the_runs_that_did_not_train_on_it(teacher):
     result = label(teacher)
     assert result.exit_code == 0, result.output
@@ -136,19 +143,15 @@ def test_scoring_with_one_run_leaves_the_files_to_another_call(teacher):
     assert (teacher.folder / "fold-1" / "labels").is_dir()
     assert not (teacher.folder / "fold-0" / "labels").exists()
     assert not (teacher.folder / "labels.parquet").exists()
-    result = label(teacher, "--run", "fold-7")
-    assert (result.exit_code, result.output.count("\n")) == (2, 1)
-    assert "--run fold-7: " in result.output
-    assert "has the runs fold-0, fold-1" in result.output
+    error = refused(teacher, "--run", "fold-7")
+    assert "--run fold-7: " in error and "has the runs fold-0, fold-1" in error
 
 
 def test_a_run_that_was_trained_on_every_row_labels_nothing(tmp_path, tiny_models):
     made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", rows=8)
     write_json(made.folder / "metrics.json", {"fold": "all", "pairs_sha256": sha256(tmp_path / "pairs.parquet")})
-    assert "has no runs of its folds; leave --run out" in label(made, "--run", "fold-0").output
-    result = label(made)
-    assert (result.exit_code, result.output.count("\n")) == (2, 1)
-    assert "was trained on every row of its pairs file; hold out a fold, or add a pool" in result.output
+    assert "has no runs of its folds; leave --run out" in refused(made, "--run", "fold-0")
+    assert "was trained on every row of its pairs file; hold out a fold, or add a pool" in refused(made)
 
 
 def test_a_run_of_another_fold_or_file_is_no_teacher(teacher):
@@ -159,11 +162,9 @@ def test_a_run_of_another_fold_or_file_is_no_teacher(teacher):
         ({"pairs_sha256": "other"}, "trained on another pairs file than the recipe's as it is now"),
     ):
         write_json(metrics, values | change)
-        result = label(teacher)
-        assert (result.exit_code, result.output.count("\n")) == (2, 1)
-        assert problem in result.output
+        assert problem in refused(teacher)
     metrics.unlink()
-    assert "no such file; train the teacher's folds with make cv R=run" in label(teacher).output
+    assert "no such file; train the teacher's folds with make cv R=run" in refused(teacher)
 
 
 @pytest.mark.slow

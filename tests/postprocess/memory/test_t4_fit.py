@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from postprocess.__main__ import main
 from postprocess.memory import t4_fit
 from postprocess.memory.model_size import GIB, Served
 from postprocess.memory.t4_fit import Use, describe_memory, describe_size, find_uses, place, refusal
 from recipes.pairwise.memory.base_model import find_base_model
+from tests.postprocess import runs
 
 GEMMA = Served(find_base_model("google/gemma-2-9b-it"), "score", "nf4", softcap=False, budget_tokens=2048)
 
@@ -70,16 +69,14 @@ def test_the_command_tells_it_first_and_only_when_there_is_work(packaged):
         "  no spec serves it; with a spec's defaults, a copy on each T4, batches of 8,192 tokens: 0.8 GiB"
     )
     assert first < next(number for number, line in enumerate(lines) if line.startswith("quantise"))
-    assert "  in nf4" not in CliRunner().invoke(main, [str(run.recipe)]).output
+    assert "  in nf4" not in runs.succeed(run.recipe)
 
 
 def test_what_no_t4_can_hold_is_refused_before_anything_is_written(copied, monkeypatch):
     run = copied("gemma2", quantize="nf4")
     for module in ("t4_fit", "model_size"):
         monkeypatch.setattr(f"postprocess.memory.{module}.GPU_BYTES", GIB // 2)
-    result = CliRunner().invoke(main, [str(run.recipe)])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(
+    assert runs.refuse(run.recipe).startswith(
         f"error: {run.recipe}: recipe needs 0.8 + 0.8 GiB on a GPU (0.0 of it weights), a T4 offers 0.5"
     )
     assert not {"quantised", "package", "merged"} & {path.name for path in run.folder.iterdir()}

@@ -2,20 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from kaggle_kernels.runtime.models.model import CLASSES
-from postprocess.__main__ import main
 from postprocess.weights.average_lora import write_adapter
 from preprocess.core.errors import UserError
 from tests.postprocess import runs
+from tests.postprocess.runs import in_adapter, with_json
 
 SCORE = "base_model.model.score.weight"
 
@@ -74,61 +74,43 @@ def test_the_mean_is_exact_whatever_scales_the_members(kind, lora, made, tmp_pat
 def test_a_mean_larger_than_the_memory_is_told_before_it_is_made(copied, tmp_path, monkeypatch):
     run = copied("gemma2", quantize="nf4")
     monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
-    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(fold(run, tmp_path / "fold-0", 1))])
-    assert (result.exit_code, "the trained model takes 0.0 GB" in result.stderr) == (2, True)
+    error = runs.refuse(run.recipe, "--adapter", str(fold(run, tmp_path / "fold-0", 1)))
+    assert "the trained model takes 0.0 GB" in error
     assert not (run.folder / "mean" / "adapter_model.safetensors").exists()
 
 
 def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_trained_again(copied, tmp_path):
     run = copied("gemma2", quantize="nf4", tolerance=0.3)
     first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)
-    command = [str(run.recipe), "--adapter", str(first), "--adapter", str(second)]
-    result = CliRunner().invoke(main, command, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    assert f"the mean of 2 adapters, of rank 16: {first}, {second}" in result.output
-    assert "the model was trained on these rows" in result.output
+    options = ("--adapter", str(first), "--adapter", str(second))
+    printed = runs.succeed(run.recipe, *options)
+    assert f"the mean of 2 adapters, of rank 16: {first}, {second}" in printed
+    assert "the model was trained on these rows" in printed
+    assert "no record: a mean of runs was not trained as such" in printed
     mean = run.folder / "mean"
     metrics = json.loads((mean / "metrics.json").read_text())
     assert (metrics["rows_were_trained_on"], metrics["fold"], metrics["rows"]) == (True, "all", 24)
     assert metrics["members"] == [str(first), str(second)]
     report = json.loads((mean / "agreement.json").read_text())
     assert [model["model"] for model in report["models"]] == ["trained", "merged", "quantised"]
-    assert "no record: a mean of runs was not trained as such" in result.output
     assert (mean / "package" / "manifest.json").is_file()
-    again = CliRunner().invoke(main, command)
-    assert [line[:21] for line in again.output.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("average", "quantise", "agreement", "package")
-    ]
+    stages = runs.current_stages(runs.succeed(run.recipe, *options))
+    assert stages == ["average", "quantise", "agreement", "package"]
 
     runs.change_tensors(second / "adapter_model.safetensors", lambda tensors: tensors[SCORE].add_(0.01))
-    again = CliRunner().invoke(main, command)
-    assert again.exit_code == 0
-    assert "average    up to date" not in again.output
+    assert "average" not in runs.current_stages(runs.succeed(run.recipe, *options))
     one, other, found = (load_file(folder / "adapter_model.safetensors")[SCORE] for folder in (first, second, mean))
     assert torch.allclose(found, (one + other) / 2, atol=1e-7)
 
 
-def with_nan(folder):
-    def spoil(tensors):
-        next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
-
-    runs.change_tensors(folder / "adapter_model.safetensors", spoil)
-
-
-def without_head(folder):
-    runs.change_tensors(folder / "adapter_model.safetensors", lambda tensors: tensors.pop(SCORE))
-
-
-def with_json(name, **values):
-    """A change of one of a run's files."""
-    return lambda folder: runs.set_json(folder / name, **values)
+def put_nan(tensors):
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
 
 
 BAD = [
     (with_json("contract.json", budget_tokens=64), "budget_tokens is not that of"),
-    (without_head, "score.weight is in it or in"),
-    (with_nan, "lora_A.weight is not finite; train again"),
-    (with_json("adapter_config.json", ensure_weight_tying=True), "ensure_weight_tying is not that of"),
+    (in_adapter(lambda tensors: tensors.pop(SCORE)), "score.weight is in it or in"),
+    (in_adapter(put_nan), "lora_A.weight is not finite; train again"),
     (with_json("adapter_config.json", lora_alpha=32), "lora_alpha is not that of"),
     (with_json("config.json", quantization_config={}), "quantization_config is not that of"),
     (
@@ -143,10 +125,8 @@ def test_runs_that_have_no_mean_are_one_line_and_leave_no_package(damage, messag
     run = copied("gemma2")
     first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)
     (run.folder / "mean" / "package").mkdir(parents=True)  # of the runs as they were before
-    damage(second)
-    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(first), "--adapter", str(second)])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
-    assert message in result.stderr
+    damage(replace(run, folder=second))
+    assert message in runs.refuse(run.recipe, "--adapter", str(first), "--adapter", str(second))
     assert not (run.folder / "mean" / "package").exists()
 
 
@@ -161,9 +141,8 @@ def test_the_mean_of_itself_is_refused_before_it_is_touched(copied, tmp_path):
     run = copied("gemma2")
     mean = fold(run, run.folder / "mean", 1)
     before = {path.name: path.read_bytes() for path in mean.iterdir()}
-    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(mean)])
-    assert result.exit_code == 2
-    assert "the mean is written there; name the runs that it is the mean of" in result.stderr
+    error = runs.refuse(run.recipe, "--adapter", str(mean))
+    assert "the mean is written there; name the runs that it is the mean of" in error
     assert {path.name: path.read_bytes() for path in mean.iterdir()} == before
 
 
@@ -173,9 +152,8 @@ def test_a_recipe_without_training_has_no_adapters(copied):
     values["pairwise"]["train"] = False
     del values["adapter"], values["lora_target_modules"]
     run.recipe.write_text(yaml.safe_dump(values))
-    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", "."])
-    assert result.exit_code == 2
-    assert "train: false, so that there are no adapters; leave out --adapter" in result.stderr
+    error = runs.refuse(run.recipe, "--adapter", ".")
+    assert "train: false, so that there are no adapters; leave out --adapter" in error
 
 
 @pytest.mark.parametrize(
@@ -187,7 +165,5 @@ def test_a_recipe_without_training_has_no_adapters(copied):
 )
 def test_adapters_that_make_no_sense_are_one_line(second, message, copied, tmp_path):
     run = copied("gemma2")
-    command = [str(run.recipe), "--adapter", str(fold(run, tmp_path / "fold-0", 1)), "--adapter", str(tmp_path / second)]
-    result = CliRunner().invoke(main, command)
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert message in result.stderr
+    first = fold(run, tmp_path / "fold-0", 1)
+    assert message in runs.refuse(run.recipe, "--adapter", str(first), "--adapter", str(tmp_path / second))

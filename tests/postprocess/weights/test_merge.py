@@ -15,6 +15,7 @@ from preprocess.core.errors import UserError
 from tests.bench.merge import make_inputs, measure
 from tests.bench.processes import in_process
 from tests.postprocess import runs
+from tests.postprocess.runs import in_adapter, with_json
 
 PATTERNS = {"rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2, "k": 2}, "alpha_pattern": {r".*\.v_proj": 3}}
 VARIANTS = [
@@ -134,19 +135,9 @@ def test_the_configuration_has_the_labels_the_pad_id_and_the_soft_cap_of_the_con
     assert (config.id2label, config.pad_token_id, config.attn_logit_softcapping) == (labels, 5, cap)
 
 
-def in_adapter(change):
-    """A damage to the adapter's tensors."""
-    return lambda run: runs.change_tensors(run.folder / "adapter_model.safetensors", change)
-
-
 def with_tensors(tensors):
     """A damage that adds tensors to the adapter, or replaces its own."""
     return in_adapter(lambda own: own.update(tensors))
-
-
-def in_settings(**values):
-    """A damage to the adapter's settings."""
-    return lambda run: runs.set_json(run.folder / "adapter_config.json", **values)
 
 
 def cut_short(run):
@@ -172,10 +163,13 @@ DAMAGE = [
     (in_adapter(lambda tensors: tensors[SCORE].fill_(70000)), "score.weight is not finite once it is torch.float16"),
     (with_tensors({SCORE: torch.zeros(3, 64)}), r"score.weight has the shape \[3, 64\], the model needs \[2, 64\]"),
     (cut_short, "not a whole safetensors file"),
-    (in_settings(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    (in_settings(use_bdlora=True), "use_bdlora: this kind of LoRA cannot be merged"),
-    (in_settings(peft_type="IA3"), "peft_type is 'IA3'"),
-    (in_settings(r=16), r"size mismatch for .*64, 8\]\) from checkpoint.* of other settings than adapter_config.json"),
+    (with_json("adapter_config.json", init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+    (with_json("adapter_config.json", use_bdlora=True), "use_bdlora: this kind of LoRA cannot be merged"),
+    (with_json("adapter_config.json", peft_type="IA3"), "peft_type is 'IA3'"),
+    (
+        with_json("adapter_config.json", r=16),
+        r"size mismatch for .*64, 8\]\) from checkpoint.* of other settings than",
+    ),
 ]
 
 

@@ -5,18 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_package, read_tokenizer
-from postprocess.__main__ import main
 from postprocess.agreement.model_scores import read_recorded_column
 from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
 from postprocess.weights.nf4_base_plus_adapter import lora_config, unmerged
 from preprocess.core.errors import UserError
+from tests.postprocess import runs
 
 QLORA = {"qlora": True, "quantize": "nf4"}
 
@@ -58,8 +57,7 @@ def test_four_bits_of_another_kind_are_refused(copied, opened, tmp_path):
 def test_base_and_adapter_stay_apart_in_the_package_which_computes_what_was_trained(packaged, opened):
     run, printed = packaged("gemma2", adapter="unmerged", **QLORA)
     folder = run.folder / "package"
-    stages = [line.split()[0] for line in printed.splitlines() if " s   /" in line]
-    assert stages == ["unmerged", "scores", "agreement", "package"]
+    assert runs.made_stages(printed) == ["unmerged", "scores", "agreement", "package"]
     adapter, trained = load_file(folder / "lora.safetensors"), load_file(run.folder / "adapter_model.safetensors")
     assert adapter.keys() == trained.keys()
     assert all(torch.equal(adapter[name], trained[name].half()) for name in trained)
@@ -87,10 +85,8 @@ def test_the_better_of_both_is_packaged_and_said_to_be(packaged):
     assert means["unmerged"] < means["quantised"] / 5
     assert f"packaged: unmerged, {means['unmerged']:.5f} from the model as trained on average" in printed
     assert (run.folder / "package" / "lora.safetensors").exists()
-    again = CliRunner().invoke(main, [str(run.recipe)])
-    assert [line[:21] for line in again.stdout.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("quantise", "unmerged", "agreement", "package")
-    ]
+    stages = runs.current_stages(runs.succeed(run.recipe))
+    assert stages == ["quantise", "unmerged", "agreement", "package"]
 
 
 def test_keys_without_a_value_and_paths_of_the_training_are_dropped():

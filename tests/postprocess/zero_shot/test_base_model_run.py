@@ -9,12 +9,10 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.package import read_package
-from postprocess.__main__ import main
 from postprocess.pipeline import make_untrained_run
 from postprocess.run_folder import hub_commit
 from postprocess.staleness import RECORD
@@ -77,16 +75,11 @@ def recipe_file(folder: Path, base: Path, rows: int = 120, **keys) -> Path:
     return path
 
 
-def invoke(recipe: Path):
-    return CliRunner().invoke(main, [str(recipe)])
-
-
 @pytest.fixture(scope="module")
 def packaged(biased, tmp_path_factory):
     recipe = recipe_file(tmp_path_factory.mktemp("zeroshot"), biased)
-    result = invoke(recipe)
-    assert result.exit_code == 0, result.output
-    return recipe.parent / "run", recipe, result
+    printed = runs.succeed(recipe)
+    return recipe.parent / "run", recipe, printed
 
 
 def first_answer(predictions: pl.DataFrame) -> float:
@@ -96,14 +89,13 @@ def first_answer(predictions: pl.DataFrame) -> float:
 
 def test_a_base_model_larger_than_the_memory_is_told_before_it_is_loaded(biased, tmp_path, monkeypatch):
     monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
-    result = invoke(recipe_file(tmp_path, biased))
-    assert (result.exit_code, "the base model takes 0.0 GB" in result.stderr) == (2, True)
+    assert "the base model takes 0.0 GB" in runs.refuse(recipe_file(tmp_path, biased))
     assert not (tmp_path / "run" / "contract.json").exists()
 
 
 def test_every_stage_is_made_and_the_run_is_whole(packaged):
-    run, _, result = packaged
-    assert [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line] == STAGES
+    run, _, printed = packaged
+    assert runs.made_stages(printed) == STAGES
     assert {path.name for path in run.iterdir() if path.is_file()} == {
         *("contract.json", "model_input.py", "metrics.json", "predictions.parquet", "tokenizer.json", "tokenizer_config.json"),
         *("scores.json", "agreement.json", "agreement.parquet", RECORD),
@@ -128,12 +120,12 @@ def test_a_run_that_nothing_was_trained_for_enters_the_ledger_as_one(packaged):
 
 
 def test_a_strong_position_bias_is_cancelled(packaged):
-    run, _, _ = packaged
+    run, _, printed = packaged
     contract = json.loads((run / "contract.json").read_text())
     predictions = pl.read_parquet(run / "predictions.parquet")
     assert contract["logit_bias"][0] < -1
     assert contract["logit_bias"][0] == -contract["logit_bias"][1]
-    assert f"position bias: {-2 * contract['logit_bias'][0]:+.3f} on the first answer's logit" in packaged[2].stdout
+    assert f"position bias: {-2 * contract['logit_bias'][0]:+.3f} on the first answer's logit" in printed
     assert first_answer(predictions) == pytest.approx(0.5, abs=0.05)
     bias = np.array(contract["logit_bias"])
     odds = np.exp(bias[1] - bias[0])
@@ -153,15 +145,13 @@ def test_a_second_run_does_nothing_and_another_block_does_it_again(biased, tmp_p
     pad = {"pad_token": "<|reserved_special_token_0|>"}
     recipe = recipe_file(tmp_path / "again", biased, rows=20, special_tokens=pad)
     run = recipe.parent / "run"
-    assert invoke(recipe).exit_code == 0
+    runs.succeed(recipe)
     assert json.loads((run / "contract.json").read_text())["pad_token_id"] == 6
-    assert [line[:21] for line in invoke(recipe).stdout.splitlines()] == [
-        f"{stage:<10} up to date" for stage in STAGES if stage not in ("merge", "scores")
-    ]
+    assert runs.current_stages(runs.succeed(recipe)) == ["untrained", "quantise", "agreement", "package"]
     (run / "predictions.parquet").unlink()
-    assert "untrained  up to date" not in invoke(recipe).stdout
+    assert "untrained" not in runs.current_stages(runs.succeed(recipe))
     recipe.write_text(recipe.read_text().replace("fold: 0", "fold: 1").replace("budget_tokens: 192", "budget_tokens: 200"))
-    assert "up to date" not in invoke(recipe).stdout
+    assert runs.current_stages(runs.succeed(recipe)) == []
     assert json.loads((run / "contract.json").read_text())["budget_tokens"] == 200
 
 
@@ -172,8 +162,7 @@ def test_a_reward_model_of_another_is_packaged_as_it_is_without_a_bias(tiny_mode
     copy_tokenizer(tiny_models("gemma2"), tmp_path / "rewards")
     block = {"head": "reward", "package": {"quantize": "none", "slug": "tiny-zeroshot"}}
     recipe = recipe_file(tmp_path / "reward", tmp_path / "rewards", rows=20, pairwise=block)
-    result = invoke(recipe)
-    assert result.exit_code == 0, result.output
+    runs.succeed(recipe)
     assert json.loads((recipe.parent / "run" / "contract.json").read_text())["logit_bias"] == []
     metrics = json.loads((recipe.parent / "run" / "metrics.json").read_text())
     assert (metrics["flip_rate"], metrics["calibration_rows"]) == (0.0, 0)
@@ -218,10 +207,7 @@ DAMAGE = [
 def test_a_base_that_cannot_be_used_as_it_is_is_one_line_and_exit_code_2(damage, message, biased, tmp_path):
     recipe = recipe_file(tmp_path / "damaged", biased, rows=20)
     damage(recipe)
-    result = invoke(recipe)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert message in runs.refuse(recipe)
     assert not (recipe.parent / "run" / "contract.json").exists()
 
 
