@@ -255,7 +255,11 @@ def checked_tokenizer(run: Run):
 
 
 def check_types(contract_class: type, recorded: dict, file: Path) -> None:
-    """Check that the values of a contract have the types of the contract's class; absent keys are let by."""
+    """Check that the values of a contract have the types of the contract's class; absent keys are let by.
+
+    Raises:
+        UserError: A value has another type.
+    """
     # The golden rows hold lone surrogates, which pydantic does not read: they are checked apart.
     without_golden = json.dumps(recorded | {"golden": []})
     try:
@@ -314,6 +318,9 @@ def find_base(name: str, revision: str | None, source: str = "contract.json") ->
         name: The folder, or the repository as owner/name.
         revision: The repository's commit, branch or tag; None for main.
         source: The file that names the base model, for the message.
+
+    Raises:
+        UserError: There is no such model.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -345,7 +352,11 @@ def hub_commit(folder: Path) -> str | None:
 
 
 def adapter_settings(folder: Path) -> dict:
-    """Read a run's adapter_config.json, and check what merging needs of it."""
+    """Read a run's adapter_config.json, and check what merging needs of it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     file = folder / ADAPTER_SETTINGS
     settings = read_object(file)
     try:

@@ -72,6 +72,9 @@ def making(stage: Stage) -> Iterator[str]:
 
     Yields:
         The stage's key, under which an interrupted merge can continue.
+
+    Raises:
+        UserError: The disk is full, whichever library met it.
     """
     # Taken before the block: an input that changes meanwhile makes the stage out of date again.
     key = stage_key(stage)

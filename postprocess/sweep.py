@@ -78,7 +78,11 @@ def main(folder: Path, by: str) -> None:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """Read the trials of a sweep; one that was trained on several folds is one trial for each."""
+    """Read the trials of a sweep; one that was trained on several folds is one trial for each.
+
+    Raises:
+        UserError: There is no trial, or the metrics of one are not those of a training.
+    """
     trials = []
     for path in sorted(folder.glob("sweep*")):
         is_trial = path.is_dir() and TRIAL.fullmatch(path.name)

@@ -135,6 +135,9 @@ def score_model(
 
     Returns:
         Its probabilities of the validation rows, and those of the golden rows by their ids.
+
+    Raises:
+        UserError: A probability is not finite.
     """
     golden_pairs = [run.model_input.pair_from_row(row["pair"]) for row in run.contract.golden]
     try:

@@ -102,7 +102,11 @@ def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[in
 
 
 def trained_quantization(run: Run) -> dict | None:
-    """Read by which BitsAndBytesConfig the base was quantised in training (QLoRA); None for 16 or 32 bits."""
+    """Read by which BitsAndBytesConfig the base was quantised in training (QLoRA); None for 16 or 32 bits.
+
+    Raises:
+        UserError: The recipe says that the base was quantised, the run does not.
+    """
     if not run.has_adapter:
         return None
 

@@ -57,6 +57,9 @@ def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataF
     Returns:
         A table with the columns of the recipe's pairs file and the probabilities of predictions.parquet, and
         the rows as pairs. There may be fewer rows.
+
+    Raises:
+        UserError: The pairs file does not hold the rows.
     """
     pairs_file, predictions_file = run.validation_files()
     predictions = read_predictions(predictions_file, run.contract.verdicts)

@@ -23,7 +23,11 @@ LAYERS_DONE = re.compile(r"Quantizing \S+ blocks .*?(?P<done>\d+)/(?P<total>\d+)
 
 
 def run_worker(arguments: Sequence[Path]) -> None:
-    """Run the worker to its end, and show how many of the model's layers are quantised."""
+    """Run the worker to its end, and show how many of the model's layers are quantised.
+
+    Raises:
+        UserError: The worker failed; the message has the last line that it printed.
+    """
     worker = subprocess.Popen(
         [python_with_gptq(), WORKER, *arguments],
         stdout=subprocess.PIPE,
@@ -52,7 +56,11 @@ def run_worker(arguments: Sequence[Path]) -> None:
 
 
 def python_with_gptq() -> Path:
-    """Return the environment's Python, once `make` has brought the environment up to date."""
+    """Return the environment's Python, once `make` has brought the environment up to date.
+
+    Raises:
+        UserError: The environment cannot be made; the message has the error that make printed.
+    """
     python = ENVIRONMENT / "bin" / "python"
     # What is behind a link is another checkout's, and is used as it is.
     if ENVIRONMENT.is_symlink():

@@ -65,7 +65,11 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
 
 
 def check_model(run: Run) -> list[list[str]]:
-    """Check that GPTQ can take the run's model, and name its linear layers in the groups that are quantised together."""
+    """Check that GPTQ can take the run's model, and name its linear layers in the groups that are quantised together.
+
+    Raises:
+        UserError: The model has layers of other names, or of a size that GPTQ cannot take.
+    """
     skeleton = model_skeleton(run.weights, run.contract)
     base_model = run.contract.base_model
     shapes = {}

@@ -59,7 +59,11 @@ def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
 
 
 def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
-    """Score with each fold's run in a process of its own, one on each GPU at a time."""
+    """Score with each fold's run in a process of its own, one on each GPU at a time.
+
+    Raises:
+        UserError: A process failed; it has printed why.
+    """
     run_names = []
     for fold in list_folds(read_pairs(Path(recipe.pairwise.pairs))):
         name = f"fold-{fold}"

@@ -73,7 +73,11 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
 
 
 def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> TeacherRun:
-    """Select the run that the user has named."""
+    """Select the run that the user has named.
+
+    Raises:
+        UserError: The teacher has no such run.
+    """
     runs_by_name = {teacher_run.name: teacher_run for teacher_run in teacher_runs}
     if name in runs_by_name:
         return runs_by_name[name]
@@ -86,7 +90,11 @@ def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> T
 def score_with_run(
     teacher_run: TeacherRun, pairs: pl.DataFrame, pairs_sha256: str, ray_workers: int
 ) -> pl.DataFrame:
-    """Score the rows that a run was not trained on."""
+    """Score the rows that a run was not trained on.
+
+    Raises:
+        UserError: There is no such row.
+    """
     rows = choose_rows(pairs, teacher_run.fold)
     if rows.is_empty():
         raise UserError(
@@ -137,7 +145,11 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
 
 
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:
-    """Read from a run's metrics.json which fold it was not trained on; None for a run that was trained on all rows."""
+    """Read from a run's metrics.json which fold it was not trained on; None for a run that was trained on all rows.
+
+    Raises:
+        UserError: There is no metrics.json, or it is of another pairs file.
+    """
     file = folder / "metrics.json"
     if not file.is_file():
         raise UserError(

@@ -42,7 +42,11 @@ class ChunkScorer:
         self.tokenizer = checked_tokenizer(run)
 
     def write_scores(self, chunk: Chunk) -> None:
-        """Score a chunk in both orders, and write its file: the table of metrics.predictions."""
+        """Score a chunk in both orders, and write its file: the table of metrics.predictions.
+
+        Raises:
+            UserError: A probability is not finite.
+        """
         run = self.run
         # The run's own code makes the token ids, as in training.
         pairs = [run.model_input.pair_from_row(row) for row in chunk.rows.iter_rows(named=True)]

@@ -63,7 +63,11 @@ def read_table(file: Path) -> pl.DataFrame:
 
 
 def read_predictions(file: Path) -> Predictions:
-    """Read a file of predictions and check its columns, ids and probabilities."""
+    """Read a file of predictions and check its columns, ids and probabilities.
+
+    Raises:
+        UserError: The file is absent or damaged, or was not written by the training.
+    """
     # Another program, or an earlier version of this project, may have written other columns.
     rows = read_table(file)
     required = ["id", "fold", "winner", *PROBABILITIES]

@@ -20,6 +20,9 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
     None of them is in predictions.parquet, the rows that a package is checked on: calibrating on those
     would flatter it. With fold `all`, every row of a small file is in there, and was trained on too: then
     it is any of them.
+
+    Raises:
+        UserError: Every row is checked, so that none is left.
     """
     pairs_file, predictions = run.validation_files()
     fold = run.recipe.pairwise.fold

@@ -36,7 +36,11 @@ class Tensors:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Tensors]:
-    """Open a safetensors file, or a folder with model.safetensors or its shards and their index."""
+    """Open a safetensors file, or a folder with model.safetensors or its shards and their index.
+
+    Raises:
+        UserError: A file is missing or broken.
+    """
     paths = find_files(path) if path.is_dir() else [path]
     handles = {}
 

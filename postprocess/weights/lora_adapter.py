@@ -80,7 +80,11 @@ def load_low_rank_parts(
     low_rank_parts: Mapping[str, torch.Tensor],
     file: Path,
 ) -> PeftModel:
-    """Build PEFT's layers by the adapter's settings, and give them the matrices of its file."""
+    """Build PEFT's layers by the adapter's settings, and give them the matrices of its file.
+
+    Raises:
+        UserError: PEFT cannot build them on this model, or the file has matrices that no layer takes.
+    """
     architecture = type(model).__name__
     try:
         peft_model = build_peft_model(model, settings)
@@ -118,6 +122,9 @@ def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
     Returns:
         The parts of low-rank changes by their names in PEFT's model, and the tensors that were trained
         whole by their names in the model.
+
+    Raises:
+        UserError: The file is broken or not an adapter's.
     """
     low_rank_parts = {}
     replacements = {}

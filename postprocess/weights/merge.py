@@ -75,7 +75,11 @@ class Sources:
         return tensor
 
     def read_pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Read a tensor as it is after training, rounded to `dtype`, some rows at a time: that needs little memory."""
+        """Read a tensor as it is after training, rounded to `dtype`, some rows at a time: that needs little memory.
+
+        Raises:
+            UserError: A number is not finite, or does not fit `dtype`.
+        """
         # Whatever precision a weight is stored in, it is rounded once.
         for piece in split_rows(self.read(name)):
             rounded = piece.to(dtype) if piece.is_floating_point() else piece
@@ -281,7 +285,11 @@ def check_shapes(sources: Sources) -> None:
 def check_replacements(
     adapter: Adapter, skeleton: Skeleton, tied_names: Mapping[str, str], has_own_head: bool
 ) -> None:
-    """Check the tensors that an adapter holds whole."""
+    """Check the tensors that an adapter holds whole.
+
+    Raises:
+        UserError: The model has no such tensor, or the head is missing.
+    """
     unknown_names = adapter.replacements.keys() - skeleton.shapes.keys() - tied_names.keys()
     if unknown_names:
         raise UserError(

@@ -55,7 +55,11 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
 
 
 def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
-    """Read a configuration, and set labels, padding token and soft cap as the contract says."""
+    """Read a configuration, and set labels, padding token and soft cap as the contract says.
+
+    Raises:
+        UserError: It cannot be read, or is that of a quantised model.
+    """
     config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise UserError(

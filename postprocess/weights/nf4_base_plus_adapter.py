@@ -47,7 +47,11 @@ def copy_adapter(run_folder: Path, out: Path) -> None:
 
 
 def base_settings(run: Run) -> BitsAndBytesConfig:
-    """Describe how the base is quantised: nf4 as in training; what stayed in 16 bits then stays so."""
+    """Describe how the base is quantised: nf4 as in training; what stayed in 16 bits then stays so.
+
+    Raises:
+        UserError: The base was trained in another kind of 4 bits.
+    """
     # A LoRA run on a 16-bit base recorded nothing: its base is quantised as packages are.
     trained = trained_quantization(run) or {}
     if trained and trained.get("bnb_4bit_quant_type") != "nf4":

@@ -88,7 +88,11 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
 
 
 def load_tokenizer(recipe: Recipe, base: Path):
-    """Load the base model's tokenizer with the recipe's special_tokens."""
+    """Load the base model's tokenizer with the recipe's special_tokens.
+
+    Raises:
+        UserError: There is no fast tokenizer or no pad token, or a special token is new to it.
+    """
     try:
         # From the folder alone: nothing is fetched, and no code of a model is run.
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -107,7 +111,11 @@ def load_tokenizer(recipe: Recipe, base: Path):
 
 
 def add_special_tokens(tokenizer, recipe: Recipe, base: Path) -> None:
-    """Give a tokenizer the special tokens that a recipe names; they must be in its vocabulary already."""
+    """Give a tokenizer the special tokens that a recipe names; they must be in its vocabulary already.
+
+    Raises:
+        UserError: They are not special tokens, or one is new: it has no trained embedding.
+    """
     vocabulary_size = len(tokenizer)
     special_tokens = recipe.axolotl.get("special_tokens") or {}
     try:
@@ -180,7 +188,11 @@ def choose_calibration_rows(training: pl.DataFrame, validation: pl.DataFrame) ->
 def score_rows(
     description: str, run: Run, model: torch.nn.Module, tokenizer, rows: pl.DataFrame
 ) -> np.ndarray:
-    """Score rows in both orders, (rows, orders, verdicts)."""
+    """Score rows in both orders, (rows, orders, verdicts).
+
+    Raises:
+        UserError: A probability is not finite.
+    """
     pairs = [pair_from_row(row) for row in rows.iter_rows(named=True)]
     try:
         return score_column(description, model, run, tokenizer, pairs).probabilities_rov
