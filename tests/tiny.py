@@ -109,50 +109,39 @@ def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 102
     It has Gemma's control tokens, and those of another family for a model of that `kind`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<|reserved_special_token_0|>"]
     specials += CONTROL_TOKENS.get(kind, [])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_corpus() if texts is None else texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        additional_special_tokens=specials[4:],
-    ).save_pretrained(folder)
+    sizes = {"vocab_size": vocabulary_size, "special_tokens": specials, "show_progress": False}
+    trainer = trainers.BpeTrainer(**sizes, initial_alphabet=byte_level.alphabet())
+    tokenizer.train_from_iterator(texts or _corpus(), trainer)
+    _save_tokenizer(tokenizer, folder, ("pad", "eos", "bos", "unk"), specials, additional_special_tokens=specials[4:])
 
 
 def wordpiece_tokenizer(folder: Path, vocabulary_size: int = 1024, texts: Iterable[str] | None = None) -> None:
     """A BERT tokenizer trained on `texts`, or on the demo's words, saved as a transformers folder."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        _corpus() if texts is None else texts,
-        trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False),
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    ).save_pretrained(folder)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(texts or _corpus(), trainer)
+    _save_tokenizer(tokenizer, folder, ("pad", "unk", "cls", "sep", "mask"), specials)
+
+
+def _save_tokenizer(tokenizer, folder: Path, roles: Iterable[str], tokens: list[str], **options) -> None:
+    """Save a tokenizer for transformers; its first special tokens have these roles."""
+    from transformers import PreTrainedTokenizerFast
+
+    options |= {f"{role}_token": token for role, token in zip(roles, tokens, strict=False)}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
 
 
 def _corpus() -> list[str]:
@@ -279,6 +268,17 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
         changes["deepspeed"] = str(deepspeed_numbers(values["deepspeed"], folder, values, processes=1))
     values |= changes
     path = folder / recipe.name
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def change(recipe: Path, block: dict | None = None, path: Path | None = None, **keys) -> Path:
+    """Change keys of a recipe, and of its `pairwise:` block, in its file or in a copy at `path`; None removes a key."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) | keys
+    values["pairwise"] |= block or {}
+    values = {key: value for key, value in values.items() if value is not None}
+    path = path or recipe
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
     return path
 

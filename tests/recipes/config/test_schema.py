@@ -19,6 +19,7 @@ GOOD = {
     "plugins": ["recipes.pairwise.plugin.PairwisePlugin"],
     "pairwise": {"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}},
 }
+SECRET = "0123456789abcdef"
 LORA = {"adapter": "lora", "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 
 
@@ -179,11 +180,15 @@ def test_a_plugin_s_keys_are_accepted_where_the_recipe_names_the_plugin():
         ({"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}}, "bnb_config_kwargs.llm_int8_skip_modules: it replaces"),
         ({"special_tokens": {"pad_tok": "<pad>"}}, "special_tokens.pad_tok: unknown key; did you mean pad_token?"),
         ({"num_labels": 3}, "num_labels: refused, pairwise.verdicts and pairwise.head decides that; remove it"),
+        ({"wandb_name": "first"}, "wandb_name: means nothing without a project; set wandb_project, or remove the key"),
+        ({"wandb_project": "a", "wandb_api_key": SECRET}, "wandb_api_key: unknown key"),
+        ({"comet_api_key": SECRET}, "comet_api_key: refused, a file is no place for a secret"),
     ],
 )
 def test_a_key_of_axolotl_s_is_checked_before_axolotl_starts(changes, problem):
     [only] = recipe_problems(GOOD | changes)
     assert only.startswith(problem)
+    assert SECRET not in only
 
 
 @pytest.mark.parametrize(
