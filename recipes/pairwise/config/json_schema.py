@@ -150,11 +150,8 @@ def alternatives(annotation: object) -> list:
 
 
 def axolotl_keys() -> dict[str, dict]:
-    """Return Axolotl's own keys, each with the JSON Schema of its values.
-
-    Axolotl passes the values of some keys on to other libraries unchecked. For these the schema is
-    stricter than Axolotl. This function imports Axolotl, which takes seconds.
-    """
+    """Return Axolotl's own keys, each with the JSON Schema of its values, which for some is stricter than Axolotl."""
+    # Importing Axolotl takes seconds.
     from axolotl.utils.schemas.config import AxolotlInputConfig, SpecialTokensConfig  # noqa: PLC0415
     from axolotl.utils.schemas.enums import CustomSupportedOptimizers  # noqa: PLC0415
     from transformers.trainer_utils import SaveStrategy, SchedulerType  # noqa: PLC0415
@@ -321,11 +318,7 @@ def text_of_properties(properties: dict) -> str:
 
 
 def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
-    """Write a schema to a file, or check that the file holds it.
-
-    Raises:
-        UserError: The file is to be checked, and is absent or holds something else.
-    """
+    """Write a schema to a file, or raise UserError where the file does not hold it."""
     text = text_of(schema)
     if not check:
         with atomic_file(path) as temporary:

@@ -149,11 +149,7 @@ def check_tokenizer(cfg, tokenizer, model_config) -> None:
 
 
 def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart) -> None:
-    """Set the keys that follow from the base model.
-
-    These are attn_implementation, num_labels (the outputs of its head) and lora_modules_to_save (the
-    modules that are trained whole and saved beside LoRA's matrices).
-    """
+    """Set the keys that follow from the base model: attn_implementation, num_labels and lora_modules_to_save."""
     # SDPA, the faster one, ignores a soft cap, and some models of transformers do not support it.
     if not cfg.get("attn_implementation"):
         needs_eager = block.softcap or not model._supports_sdpa

@@ -380,16 +380,14 @@ def pairwise_problems(block: object) -> list[str]:
 def explain(problem: dict) -> str:
     """Turn one of pydantic's errors into a line for the user.
 
-    An example of each of the four kinds, in the order of the code below:
+    There are four kinds, in the order of the code below:
 
         pairwise.hed: unknown key; did you mean head?
         pairwise.package.slug: missing; add it: the Kaggle dataset's slug, 6 to 50 characters
         pairwise.package.adapter: unmerged needs quantize: nf4, found quantize: int8
         pairwise.budget_tokens: expected a number of at least 64, found 1
 
-    Args:
-        problem: `loc` is the path to the value, such as ("package", "slug"), `type` names the mistake,
-            `input` is what the recipe has there, and `msg` is pydantic's own text.
+    Of the error, `loc` is the path to the value, such as ("package", "slug"), and `input` what the recipe has there.
     """
     # A template may be a name or a block. If it is a block, pydantic puts that class's name into the path.
     path = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
@@ -426,13 +424,7 @@ def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
 
 
 def read_environment() -> dict[str, object]:
-    """Read which keys of the `pairwise` block the environment changes.
-
-    PAIRWISE_FOLD is a fold's number or all, PAIRWISE_PAIRS a file.
-
-    Raises:
-        UserError: PAIRWISE_FOLD is neither.
-    """
+    """Read which keys of the `pairwise` block the environment changes: PAIRWISE_FOLD and PAIRWISE_PAIRS."""
     changes: dict[str, object] = {}
     fold = os.environ.get("PAIRWISE_FOLD")
     if fold == "all":
@@ -450,11 +442,7 @@ def read_environment() -> dict[str, object]:
 
 
 def run_folder(output_dir: str | None, recipe: Path) -> Path:
-    """Return the folder that a run writes to.
-
-    It is the recipe's output_dir, by default outputs/NAME for recipes/NAME.yml. Where PAIRWISE_FOLD is a
-    number, say 2, it is fold-2 below that.
-    """
+    """Return the folder of a run: output_dir, by default outputs/NAME, or below it fold-2 with PAIRWISE_FOLD=2."""
     folder = Path(output_dir) if output_dir else Path("outputs") / recipe.stem
     fold = os.environ.get("PAIRWISE_FOLD", "")
     if fold.isdecimal():

@@ -58,11 +58,7 @@ FEATURES = Features(
 
 
 def read_pairs(path: Path | str) -> pl.DataFrame:
-    """Read a pairs.parquet. In a file without roles, every row is a training row.
-
-    Raises:
-        UserError: It is absent or damaged, or lacks a column.
-    """
+    """Read a pairs.parquet. In a file without roles, every row is a training row."""
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -102,9 +98,9 @@ def split(
     whatever its role: its prompt may be like that of a validation row.
 
     Args:
-        frame: The rows of a pairs.parquet, as read_pairs gives them.
-        fold: The number of the fold to hold out; "all" trains on every row, and validates on a
-            sample of them that is the same whatever the order of the rows.
+        frame: As read_pairs gives it.
+        fold: The fold to hold out; "all" trains on every row, and validates on a sample of them that is
+            the same whatever the order of the rows.
         path: The file, for the message.
         with_pool: Also train on the rows of the pool, which have no votes.
 
@@ -171,11 +167,7 @@ def _order_by_hash(ids: pl.Series) -> pl.Series:
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """Return what the model is to predict for each row: the shares of the human votes.
 
-    Votes of 0.5 for A, 0.3 for B and 0.2 for a tie are 0.6 and 0.4 to a model of two verdicts.
-
-    Args:
-        frame: The rows of a pairs.parquet.
-        verdicts: The model's verdicts. Where tie is none of them, half of a tie goes to each side.
+    Votes of 0.5 for A, 0.3 for B and 0.2 for a tie are 0.6 and 0.4 to a model without the verdict tie.
 
     Returns:
         Probabilities, float32 of shape (rows, verdicts). A pool row, which has no votes, has zeros.
@@ -211,11 +203,7 @@ def tokenise(
     file: Path,
     teacher_rv: np.ndarray | None = None,
 ) -> Dataset:
-    """Tokenise pairs into an Arrow file of one row a pair, with the columns of FEATURES.
-
-    Returns:
-        The file's rows, which are mapped into memory.
-    """
+    """Tokenise pairs into an Arrow file with the columns of FEATURES, and map its rows into memory."""
     # Without teachers, the list of their probabilities is empty in each row.
     if teacher_rv is None:
         teacher_rv = np.zeros((len(frame), 0), np.float32)

@@ -38,33 +38,19 @@ CODE_SUFFIXES = (".py", ".jinja", ".css", ".js")
 
 @dataclass(frozen=True)
 class Run:
-    """One recipe's run.
+    """One recipe's run."""
 
-    Attributes:
-        recipe: The recipe's path.
-        pairs: The pairs file that it trains on.
-        folds: The folds of that file.
-        is_trained: Whether it is trained, and not only packaged (`train: false`).
-        teachers: The runs whose labels it trains on.
-        base_run: The run whose merged model it starts from; None for a model from elsewhere.
-        keeps_merged: Whether some recipe starts from the merged model of this run.
-        is_packaged: Whether a spec of the graph serves its package.
-        uses_all_gpus: Whether one training takes all GPUs of a machine, or one of them.
-        training_hash: Hash of everything but data that decides what is trained.
-        packaging_hash: Hash of the whole recipe.
-    """
-
-    recipe: str
+    recipe: str  # its path
     pairs: str
-    folds: list[int]
-    is_trained: bool
-    teachers: list[str]
-    base_run: str | None
-    keeps_merged: bool
-    is_packaged: bool
-    uses_all_gpus: bool
-    training_hash: str
-    packaging_hash: str
+    folds: list[int]  # of the pairs file
+    is_trained: bool  # and not only packaged (`train: false`)
+    teachers: list[str]  # the runs whose labels it trains on
+    base_run: str | None  # whose merged model it starts from; None for a model from elsewhere
+    keeps_merged: bool  # as some recipe starts from its merged model
+    is_packaged: bool  # as a spec of the graph serves its package
+    uses_all_gpus: bool  # of a machine, for one training
+    training_hash: str  # of everything but data that decides what is trained
+    packaging_hash: str  # of the whole recipe
 
 
 @dataclass(frozen=True)
@@ -90,9 +76,6 @@ def derive_graph(target: str) -> Graph:
 
     Args:
         target: The name of a recipe, of a spec, or of both, as they mostly have the same; or a recipe's file.
-
-    Returns:
-        The runs and kernels on the way, the target's own included.
 
     Raises:
         UserError: There is no such recipe or spec, one is invalid, or pairs are missing.
@@ -187,7 +170,10 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
             )
 
         recipes[run_name] = recipe
-        names_to_visit += needed_runs(recipe)
+        names_to_visit += teachers_of(recipe)
+        base_run = base_run_of(recipe.axolotl)
+        if base_run is not None:
+            names_to_visit.append(base_run)
     return recipes
 
 
@@ -195,14 +181,6 @@ def find_recipe_here(name: str) -> Path:
     """Find a recipe in recipes/ of the current folder, and then as other commands do."""
     path = Path("recipes") / f"{name}.yml"
     return path if path.is_file() else find_recipe(name)
-
-
-def needed_runs(recipe: Recipe) -> list[str]:
-    """List the runs that must be there before a recipe can be trained."""
-    base_run = base_run_of(recipe.axolotl)
-    if base_run is None:
-        return teachers_of(recipe)
-    return [*teachers_of(recipe), base_run]
 
 
 def spreads_over_gpus(recipe: Recipe) -> bool:

@@ -56,9 +56,6 @@ def distillation_loss(
         teacher: The teachers' probabilities, of the same shape.
         weight: Of shape (pairs,), see soft_cross_entropy.
         temperature: Above 1, both distributions are softer.
-
-    Returns:
-        The weighted mean over pairs and orders, a scalar in float32.
     """
     # The logarithm of a probability of 0 would be minus infinity.
     smallest = torch.finfo(torch.float32).tiny

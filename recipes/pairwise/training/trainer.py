@@ -53,10 +53,7 @@ def weigh_by_pair(micro_batches: list[dict]) -> None:
     """Scale the rows' weights so that each pair of a step counts the same, in any micro-batch.
 
     The loss is a mean over a micro-batch, and Trainer averages those of a step: without this a pair
-    in a small micro-batch would count for more than one in a large one.
-
-    Args:
-        micro_batches: Those of one optimizer step, as PairCollator makes them; changed in place.
+    in a small micro-batch would count for more than one in a large one. They are changed in place.
     """
     if not micro_batches:
         return
@@ -71,15 +68,12 @@ class RowOrder(Sampler):
     """The rows of an epoch in transformers' random order, which follows from the seed and the epoch.
 
     transformers' samplers go on from the random numbers before them, which a resumed run has not drawn.
-
-    Attributes:
-        epoch: The number of the epoch, from 0; set by BeginEpoch.
     """
 
     def __init__(self, sampler: Sampler, seed: int):
         self.sampler = sampler
         self.seed = seed
-        self.epoch = 0
+        self.epoch = 0  # set by BeginEpoch
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -137,24 +131,16 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     A reward model's logits (2 * pairs, 1) are viewed as (pairs, 1, 2): the softmax over the two
     rewards is Bradley and Terry's model (1952), and a tie's label of one half each is its usual
     extension. A causal LM's logits are those of the label tokens alone, see heads.py.
-
-    Attributes:
-        label_smoothing: See soft_cross_entropy; set by the plugin.
-        focal_gamma: See soft_cross_entropy; set by the plugin.
-        r_drop: The weight of regularisers.r_drop_penalty in the loss; set by the plugin.
-        distill: Says how a student learns from its teachers; None without teachers. Set by the plugin.
-        model_options: Further arguments of the model's forward; set by the plugin.
-        token_budget_batches: The rows of each micro-batch, where the recipe has a token budget; set
-            by the plugin.
-        train_order: The order of the training rows: token_budget_batches, or a RowOrder.
     """
 
+    # Set by the plugin, from the recipe: see soft_cross_entropy and r_drop_penalty for the first three.
     label_smoothing = 0.0
     focal_gamma = 0.0
     r_drop = 0.0
-    distill: DistillBlock | None = None
-    model_options: dict = {}
-    token_budget_batches: TokenBudgetBatches | None = None
+    distill: DistillBlock | None = None  # how a student learns from its teachers
+    model_options: dict = {}  # further arguments of the model's forward
+    token_budget_batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
+    # Of the training rows: token_budget_batches, or a RowOrder.
     train_order: TokenBudgetBatches | RowOrder | None = None
 
     def __init__(self, *args, **kwargs):
@@ -195,11 +181,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     ) -> torch.Tensor:
         """Return the loss of a training step, with all that the recipe adds to cross-entropy.
 
-        Args:
-            logits: Of shape (pairs, orders, verdicts); with R-Drop, of a batch from repeat_batch.
-            labels: Of the same shape, see soft_cross_entropy.
-            weight: Of shape (pairs,), see soft_cross_entropy.
-            teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
+        The shapes are those of soft_cross_entropy; with R-Drop, of a batch from repeat_batch.
         """
         loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
 

@@ -21,8 +21,7 @@ STAGES = sorted((ROOT / "recipes/deepspeed").glob("*.json"))
 
 def train(recipe, stage, base, folder):
     """The weights that the recipe's comparable twin learns in a fork, by name."""
-    ended = forked.axolotl("train", comparable.twin(recipe, folder, base, stage))
-    assert ended.code == 0, ended.output[-3000:]
+    forked.train(comparable.twin(recipe, folder, base, stage))
     return comparable.trained_weights(folder / recipe)
 
 
@@ -53,7 +52,6 @@ def test_every_stage_trains_the_weights_that_plain_training_does(stage, plain, t
 
 
 def test_zero3_saves_every_weight_of_a_full_fine_tune(tiny_models, tmp_path):
-    (tmp_path / "plain").mkdir()
     expected = train("minilm_cls", None, tiny_models("bert"), tmp_path / "plain")
     weights = train("minilm_cls", "zero3", tiny_models("bert"), tmp_path)
     # Under ZeRO-3 transformers saves layer norms by the names that BERT's first checkpoints had; it reads either.
@@ -77,7 +75,7 @@ def _make_a_head_under_zero3():
         model = torch.nn.Module()
         model.score = torch.nn.Linear(64, 2, bias=False)
     assert model.score.weight.numel() == 0
-    for wrong, is_replaced in ((float("nan"), True), (0.0, True), (None, False)):
+    for wrong, is_replaced in ((float("nan"), True), (0.0, True), (1e30, True), (None, False)):
         with zero3.gathered(model.score.parameters()):
             if wrong is not None:
                 model.score.weight.data.fill_(wrong)
