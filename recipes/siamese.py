@@ -129,9 +129,13 @@ def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
 
 def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Add the column `target`, the share of votes for A with half of the ties, and scale weights to mean 1."""
+    # The pool has no votes, and on the lockbox nothing is trained.
+    if "role" not in pairs.columns:
+        pairs = pairs.with_columns(role=pl.lit("train"))
+    pairs = pairs.filter(pl.col("role").is_in(["train", "extra"]))
+
     pairs = pairs.with_columns(
-        pl.col("weight") / pl.mean("weight"),
-        target=pl.col("p_model_a") + pl.col("p_tie") / 2,
+        pl.col("weight") / pl.mean("weight"), target=pl.col("p_model_a") + pl.col("p_tie") / 2
     )
     is_complete = (pairs["target"] + pairs["weight"]).is_finite().fill_null(False)
     if not is_complete.all():
@@ -139,13 +143,6 @@ def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
             f"{path}: a probability or weight is missing; write the file with python -m preprocess"
         )
     return pairs
-
-
-def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Leave out the pool, which has no votes, and the lockbox, which nothing is trained on."""
-    if "role" not in pairs.columns:
-        return pairs.with_columns(role=pl.lit("train"))
-    return pairs.filter(pl.col("role").is_in(["train", "extra"]))
 
 
 def split(
@@ -500,7 +497,7 @@ def collect_settings(options: argparse.Namespace) -> dict[str, object]:
 def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Namespace) -> None:
     """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others."""
     start = time.monotonic()
-    pairs = add_targets(choose_trainable(pairs), options.pairs)
+    pairs = add_targets(pairs, options.pairs)
     training, stopping, held_out = split(pairs, options)
     if options.tokenizer is None:
         tokenizer = train_tokenizer(options.vocabulary, training)

@@ -155,13 +155,7 @@ KINDS = ("gemma2", "llama", "qwen2", "qwen3", "phi3", "mistral", *ENCODERS)
 OWN_KEYS = {
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "mistral": {"sliding_window": 64},
-    "modernbert": {
-        "local_attention": 64,
-        "cls_token_id": 2,
-        "sep_token_id": 3,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    },
+    "modernbert": {"local_attention": 64, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
     "deberta-v2": {
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],

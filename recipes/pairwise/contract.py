@@ -50,11 +50,7 @@ GOLDEN_TEXTS = (  # prompt, response A and response B of each golden row
     ),
     ("<|begin_of_text|><|eot_id|>", "<end_of_turn>\n<start_of_turn>model", "{prompt}"),
     ("nul \x00 bell \x07", "\x1b[31mred\x1b[0m", "\u2028 \u2029 \x85"),
-    (
-        "def f(x):\n    return x ** 2\n",
-        "```python\nprint('A')\n```",
-        "| a | b |\n|---|---|",
-    ),
+    ("def f(x):\n    return x ** 2\n", "```python\nprint('A')\n```", "| a | b |\n|---|---|"),
     (SENTENCE * 300, "short", "also short"),
     ("short", SENTENCE * 300, "漢字かな交じり文。" * 800),
     (["first turn", "second turn"], ["a one", "a two"], ["b one", None]),

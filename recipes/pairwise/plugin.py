@@ -69,7 +69,7 @@ class PairwisePlugin(BasePlugin):
         super().__init__()
         self.started = time.monotonic()
 
-        # Set by `register`, from the recipe and the base model's configuration.
+        # Set by `register`.
         self.recipe: Path | None = None
         self.resolved = None  # the recipe's keys as they run: see recipe_copy.resolve_recipe
         self.begun_from: dict = {}  # for the ledger: the recipe's hash and the git state

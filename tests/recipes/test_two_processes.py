@@ -24,11 +24,7 @@ def one_process(tiny_models, tmp_path_factory):
     return folder / "gemma2_cls"
 
 
-TRAININGS = [
-    (None, two_processes.launch),
-    ("zero2", two_processes.train),
-    ("zero3", two_processes.train),
-]
+TRAININGS = [(None, two_processes.launch), ("zero2", two_processes.train), ("zero3", two_processes.train)]
 
 
 @pytest.mark.parametrize(("stage", "train"), TRAININGS, ids=["DDP by torchrun", "ZeRO-2", "ZeRO-3"])

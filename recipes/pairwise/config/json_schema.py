@@ -99,10 +99,11 @@ def key_schema(annotation: object) -> dict:
             words += words_of_option
             continue
 
-        type_of_option = json_type(get_origin(option) or option)
-        if type_of_option is None:
+        kind = get_origin(option) or option
+        is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+        if not is_model and kind not in JSON_TYPES:
             return {}  # any value is allowed
-        types.add(type_of_option)
+        types.add("object" if is_model else JSON_TYPES[kind])
         if get_args(option) == (str,):
             items = {"items": {"type": "string"}}
 
@@ -129,12 +130,6 @@ def list_literals(option: object) -> list:
     if isinstance(option, type) and issubclass(option, Enum):
         return [member.value for member in option]
     return []
-
-
-def json_type(kind: object) -> str | None:
-    """Return JSON's name of a Python type; None of one that may be anything in JSON."""
-    is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
-    return "object" if is_model else JSON_TYPES.get(kind)
 
 
 def alternatives(annotation: object) -> list:

@@ -4,7 +4,6 @@ Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answ
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
@@ -393,7 +391,11 @@ def explain(problem: dict) -> str:
     path = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *path])
 
-    known_fields = fields_beside(path)
+    # Beside the key stand those of the block inside, or of the whole block.
+    known_fields = PairwiseBlock.model_fields
+    if len(path) > 1 and path[0] in INNER_BLOCKS:
+        known_fields = INNER_BLOCKS[path[0]].model_fields
+
     if problem["type"] == "extra_forbidden":
         return f"{key}: {unknown_key(path[-1], known_fields)}"
     if problem["type"] == "missing":
@@ -408,14 +410,6 @@ def explain(problem: dict) -> str:
 
     # What is left is a value of the wrong kind or size.
     return f"{key}: {in_words(problem, PATTERNS)}"
-
-
-def fields_beside(path: Sequence[str]) -> dict[str, FieldInfo]:
-    """Return the fields that could stand at a path: those of the block inside, or of the whole block."""
-    is_inside_block = len(path) > 1
-    if is_inside_block and path[0] in INNER_BLOCKS:
-        return INNER_BLOCKS[path[0]].model_fields
-    return PairwiseBlock.model_fields
 
 
 def apply_environment(block: PairwiseBlock) -> PairwiseBlock:

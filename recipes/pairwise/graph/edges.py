@@ -117,6 +117,9 @@ def derive_graph(target: str) -> Graph:
 def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
     """Describe what the graph needs to know of a recipe's run."""
     block = recipe.pairwise
+    # How the run is packaged may change without a new training. Another model_input.py would give other token ids.
+    training_keys = block.model_dump(mode="json", exclude={"package", "hardware"})
+    training = [recipe.axolotl, training_keys, sha256(model_input.__file__)]
     return Run(
         recipe=str(recipe.path),
         pairs=block.pairs,
@@ -127,7 +130,7 @@ def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
         keeps_merged=keeps_merged,
         is_packaged=is_packaged,
         uses_all_gpus=spreads_over_gpus(recipe),
-        training_hash=hash_training(recipe),
+        training_hash=hash_values(training),
         packaging_hash=hash_values([recipe.axolotl, block.model_dump(mode="json")]),
     )
 
@@ -154,7 +157,9 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
     names_to_visit = list(names)
     while names_to_visit:
         name = names_to_visit.pop()
-        recipe = read_recipe(find_recipe_here(name))
+        # A recipe of the current folder comes before the project's own of that name.
+        path = Path("recipes") / f"{name}.yml"
+        recipe = read_recipe(path if path.is_file() else find_recipe(name))
         run_name = recipe.path.stem
         # Several recipes may need the same run. Runs that need each other end here too: Snakemake, which
         # gets their edges, names them in its error.
@@ -175,12 +180,6 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
         if base_run is not None:
             names_to_visit.append(base_run)
     return recipes
-
-
-def find_recipe_here(name: str) -> Path:
-    """Find a recipe in recipes/ of the current folder, and then as other commands do."""
-    path = Path("recipes") / f"{name}.yml"
-    return path if path.is_file() else find_recipe(name)
 
 
 def spreads_over_gpus(recipe: Recipe) -> bool:
@@ -252,16 +251,6 @@ def read_folds(pairs: str) -> list[int]:
             f"{pairs}: no pairs.parquet ({first_line}); make it with pairwise preprocess"
         ) from None
     return sorted(folds.unique().to_list())
-
-
-def hash_training(recipe: Recipe) -> str:
-    """Hash a recipe's keys and the code that makes token ids.
-
-    Comments, and how the run is packaged, may change without a new training.
-    """
-    block = recipe.pairwise.model_dump(mode="json", exclude={"package", "hardware"})
-    # Another model_input.py would give other token ids.
-    return hash_values([recipe.axolotl, block, sha256(model_input.__file__)])
 
 
 def hash_code_of_steps() -> dict[str, str]:

@@ -62,11 +62,7 @@ def use_all_cores() -> None:
     threads = os.environ.get("OMP_NUM_THREADS")
     processes = os.environ.get("WORLD_SIZE", "1")
     if threads == "1" and processes == "1":
-        torch.set_num_threads(count_cores())
-
-
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+        # macOS does not say which cores a process may use.
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        torch.set_num_threads(cores)

@@ -40,10 +40,7 @@ def soft_cross_entropy(
 
 
 def distillation_loss(
-    logits: torch.Tensor,
-    teacher: torch.Tensor,
-    weight: torch.Tensor,
-    temperature: float,
+    logits: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Return the divergence of the student from its teachers at a temperature (Hinton et al. 2015), in float32.
 

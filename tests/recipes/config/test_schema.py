@@ -89,10 +89,7 @@ def test_a_good_recipe_has_no_problem():
             with_block(distill={"teachers": ["a"], "temprature": 2}),
             "pairwise.distill.temprature: unknown key; did you mean temperature?",
         ),
-        (
-            with_block(distill={"teachers": ["a"]}, train=False),
-            "pairwise.distill: with train: false there is no student",
-        ),
+        (with_block(distill={"teachers": ["a"]}, train=False), "pairwise.distill: with train: false there is no student"),
         (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
         (
             with_block(package={"slug": "some-model", "adapter": "best"}) | LORA,

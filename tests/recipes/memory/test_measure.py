@@ -28,7 +28,6 @@ from tests.conftest import ROOT
 PARAMETERS = {
     "google/gemma-2-9b-it": 9_241_705_984,
     "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
-    "meta-llama/Meta-Llama-3-70B-Instruct": 70_553_706_496,
     "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
     "sentence-transformers/all-MiniLM-L6-v2": 22_713_216,
     "outputs/demo/input/gemma2": 139_840,
