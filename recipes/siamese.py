@@ -90,11 +90,7 @@ def read_options() -> argparse.Namespace:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks.
-
-    Raises:
-        UserError: The file cannot be read, lacks a column, is empty, or has an id twice.
-    """
+    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks."""
     try:
         if path.suffix == ".csv":
             rows = pl.read_csv(path, infer_schema=False)
@@ -232,13 +228,8 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
 
 
 def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
-    """Join a prompt and a response to one sequence of token ids, a separator between them.
-
-    Args:
-        prompt: The prompt's token ids; the end of it is kept, in a quarter of the tokens at most.
-        response: The response's token ids; what does not fit is cut out of its middle.
-        tokens: The most that the sequence may have.
-    """
+    """Join the token ids of a prompt and a response, with a separator, to a sequence of so many tokens at most."""
+    # The prompt's end is kept; of the response, what does not fit is cut out of the middle.
     most_of_prompt = tokens // 4
     prompt = prompt[max(len(prompt) - most_of_prompt, 0) :]
 
@@ -281,10 +272,7 @@ def make_shuffled_batches(
     size: int,
     rng: np.random.Generator,
 ) -> tf.data.Dataset:
-    """Make batches of rows of like length, in random order, others in each epoch.
-
-    The rows that would not fill a batch are left out, other ones in each epoch.
-    """
+    """Make full batches of rows of like length, in random order; rows left over are others in each epoch."""
     count = len(pairs) // size
     lengths = np.array([max(len(side_a), len(side_b)) for side_a, side_b in pairs])
 
@@ -437,10 +425,7 @@ def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
 
 
 def measure(rows: pl.DataFrame) -> dict[str, float]:
-    """Compute accuracy and log loss of predicted rows, by the names that all runs use.
-
-    Accuracy is against the winners, ties left out; log loss against the shares of the votes.
-    """
+    """Compute accuracy against the winners, ties left out, and log loss against the shares of the votes."""
     is_decided = (rows["winner"] != "tie").to_numpy()
     a_won = (rows["winner"] == "model_a").to_numpy()
     p_model_a = rows["p_model_a"].to_numpy()

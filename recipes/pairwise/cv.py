@@ -67,11 +67,7 @@ def main(
 
 
 def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
-    """Return whether the run in `folder` has ended and would be the same today.
-
-    It was then trained from this base model, on these pairs and these labels of teachers, with this
-    model_input.py, and the recipe has not changed since.
-    """
+    """Return whether the run in `folder` has ended and would be the same today."""
     contract_file = folder / "contract.json"
     if not contract_file.exists():
         return False

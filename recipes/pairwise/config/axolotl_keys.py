@@ -134,10 +134,7 @@ def is_named(plugin: str, plugins: object) -> bool:
 
 
 def value_problems(key: str, value: object) -> Iterator[str]:
-    """Yield what is wrong with a key's value, by the part of recipe.schema.json that describes the key.
-
-    It may have another type than Axolotl's, be a number out of range, or hold an unknown key.
-    """
+    """Yield what is wrong with a key's value, by the part of recipe.schema.json that describes the key."""
     # JSON Schema takes infinity and NaN, which YAML writes as .inf and .nan, for numbers.
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key}: expected a number, found {value!r}"

@@ -223,10 +223,7 @@ def plugin_keys() -> dict[str, dict]:
 
 
 def find_plugins() -> dict[str, type]:
-    """Find the classes of Axolotl's plugins, by their names such as axolotl.integrations.liger.LigerPlugin.
-
-    Each package of axolotl.integrations has one or more of them.
-    """
+    """Find the classes of Axolotl's plugins, by their names such as axolotl.integrations.liger.LigerPlugin."""
     from axolotl import integrations  # noqa: PLC0415  see axolotl_keys
     from axolotl.integrations.base import BasePlugin  # noqa: PLC0415
 
@@ -246,10 +243,7 @@ def find_plugins() -> dict[str, type]:
 
 
 def recipe_schema() -> dict:
-    """Return the JSON Schema of a recipe.
-
-    An editor that reads it marks what `pairwise check` would refuse, as far as JSON Schema can say it.
-    """
+    """Return the JSON Schema of a recipe: what `pairwise check` would refuse, as far as JSON Schema can say it."""
     # Where a plugin and Axolotl have a key of the same name, Axolotl's, on the right, replaces it.
     properties = plugin_keys() | axolotl_keys()
 
@@ -282,18 +276,7 @@ def recipe_schema() -> dict:
 
 
 def text_of(schema: dict) -> str:
-    """Return a schema as JSON, so that a change in one key is a change in one line.
-
-    Each keyword has a line, but "properties" has one for all keys of an initial letter:
-
-        {
-         "type": "object",
-         "properties": {
-          "adapter": {…}, "attn_implementation": {…},
-          "base_model": {…}
-         }
-        }
-    """
+    """Return a schema as JSON, a line for each keyword; in "properties" a line for all keys of an initial letter."""
     lines = []
     for keyword, value in schema.items():
         text = text_of_properties(value) if keyword == "properties" else json.dumps(value)
@@ -302,7 +285,7 @@ def text_of(schema: dict) -> str:
 
 
 def text_of_properties(properties: dict) -> str:
-    """Return the properties of a schema as JSON, sorted, in a line for each initial letter; see text_of."""
+    """Return the properties of a schema as JSON, sorted, in a line for each initial letter."""
     keys_by_initial: dict[str, list[str]] = {}
     for name in sorted(properties):
         key_text = f"{json.dumps(name)}: {json.dumps(properties[name])}"

@@ -95,11 +95,7 @@ class PairCollator:
         return [swapped if is_swapped else as_given for is_swapped in swaps]
 
     def order_verdicts(self, probabilities: list[float], swaps: list[bool]) -> list[list[float]]:
-        """Return a pair's probabilities in each of these orders.
-
-        A swap exchanges those of A and B: of 0.7 for A, 0.2 for B and 0.1 for a tie it makes 0.2, 0.7
-        and 0.1.
-        """
+        """Return a pair's probabilities in each of these orders: a swap exchanges those of A and B."""
         probabilities_ov = []
         for is_swapped in swaps:
             if is_swapped:

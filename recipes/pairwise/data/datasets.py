@@ -152,11 +152,7 @@ def list_folds(frame: pl.DataFrame) -> list[int]:
 
 
 def _order_by_hash(ids: pl.Series) -> pl.Series:
-    """Return the row numbers in the order of the hashes of their ids.
-
-    The order looks random, but it depends on nothing except the ids: its first rows are the same
-    sample, in whatever order the file holds them.
-    """
+    """Return the row numbers in the order of the hashes of their ids, whatever order the file has them in."""
 
     def hash_id(row_id: str) -> str:
         return hashlib.sha256(row_id.encode()).hexdigest()
@@ -310,10 +306,7 @@ def _write_cache(
 def _tokenise_longest_first(
     validation: pl.DataFrame, tokenizer, contract: Contract, folder: Path
 ) -> None:
-    """Tokenise the validation rows into a folder, the longest first.
-
-    The first batch is then the one that needs most memory: if it does not fit, the run fails at once.
-    """
+    """Tokenise the validation rows into a folder, the longest first: what does not fit into memory fails at once."""
     unsorted_file = folder / "validation.arrow"
     rows = tokenise(validation, tokenizer, contract, unsorted_file)
 
@@ -328,11 +321,7 @@ def _tokenise_longest_first(
 def _cache_name(
     pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
 ) -> str:
-    """Name the folder of tokenised rows by a hash of all that decides what they are.
-
-    A run with another file, fold, tokenizer or setting gets another name, so that it never reads rows
-    that do not belong to it.
-    """
+    """Name the folder of tokenised rows by a hash of all that decides what they are."""
     # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):

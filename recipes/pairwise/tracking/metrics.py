@@ -128,10 +128,7 @@ def scores(
 
 
 def longer_is_right(pairs: pl.DataFrame) -> float:
-    """Compute the accuracy of picking the longer response, on the rows that have a winner.
-
-    Of equal lengths, model_a is picked.
-    """
+    """Compute the accuracy of picking the longer response, of equal ones A, on the rows that have a winner."""
     # A response is a list of texts, one for each turn: its length is the sum of theirs.
     character_counts = pl.element().str.len_chars()
     length_a = pl.col("response_a").list.eval(character_counts).list.sum()

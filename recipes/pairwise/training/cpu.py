@@ -55,10 +55,7 @@ def place_model(cfg) -> None:
 
 
 def use_all_cores() -> None:
-    """Give a single process every core.
-
-    accelerate's launcher sets OMP_NUM_THREADS to 1 where it is unset, GPU or not.
-    """
+    """Give a single process every core: accelerate's launcher sets OMP_NUM_THREADS to 1 where it is unset."""
     threads = os.environ.get("OMP_NUM_THREADS")
     processes = os.environ.get("WORLD_SIZE", "1")
     if threads == "1" and processes == "1":

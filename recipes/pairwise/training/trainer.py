@@ -179,10 +179,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         weight: torch.Tensor,
         teacher: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the loss of a training step, with all that the recipe adds to cross-entropy.
-
-        The shapes are those of soft_cross_entropy; with R-Drop, of a batch from repeat_batch.
-        """
+        """Return the loss of a training step, with all that the recipe adds to cross-entropy."""
         loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
 
         if teacher is not None:
