@@ -155,10 +155,7 @@ def axolotl_keys() -> dict[str, dict]:
     keys = model_keys(AxolotlInputConfig)
     for key, limits in NARROWER.items():
         # A list of words says all. Limits of a number are added to the type that Axolotl gives it.
-        if "enum" in limits:
-            keys[key] = limits
-        else:
-            keys[key] = keys[key] | limits
+        keys[key] = limits if "enum" in limits else keys[key] | limits
 
     # Axolotl takes any text for these, and fails after it has loaded the model.
     keys["lr_scheduler"] = list_words(SchedulerType, others=["one_cycle", "rex"])

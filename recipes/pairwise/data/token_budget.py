@@ -188,11 +188,6 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
         turn                     0 |               1
         pairs that fit  48 // 32 = 1 | 48 // 16 = 3     result: [1, 3]
 
-    Args:
-        widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
-        shape: What a step holds.
-        tokens: The most tokens of a micro-batch.
-
     Returns:
         The pairs of a micro-batch at each turn. Where the budget is too small, their sum is less
         than the pairs that a process has to compute in a step.
