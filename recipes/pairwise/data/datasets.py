@@ -39,20 +39,13 @@ VALIDATION_FOLDER = "validation"
 FEATURES = Features(
     {
         "id": Value("string"),
-        # The token ids of the pair in both orders, or of both responses, see encode_rows.
-        "sequences": List(List(Value("int32"))),
-        # The shares of the human votes for each verdict, in the order as given.
-        "labels": List(Value("float32")),
-        # The place of the winner among the verdicts.
-        "winner": Value("int8"),
-        # The teachers' probabilities; empty without teachers.
-        "teacher": List(Value("float32")),
-        # How much the pair counts in the loss; 1 on average.
-        "weight": Value("float32"),
-        # Tokens of the longer sequence.
-        "length": Value("int32"),
-        # Tokens of both sequences.
-        "tokens": Value("int32"),
+        "sequences": List(List(Value("int32"))),  # token ids, see encode_rows
+        "labels": List(Value("float32")),  # shares of the human votes, in the order as given
+        "winner": Value("int8"),  # its place among the verdicts
+        "teacher": List(Value("float32")),  # the teachers' probabilities; empty without teachers
+        "weight": Value("float32"),  # how much the pair counts in the loss; 1 on average
+        "length": Value("int32"),  # tokens of the longer sequence
+        "tokens": Value("int32"),  # tokens of both sequences
     }
 )
 

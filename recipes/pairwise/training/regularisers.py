@@ -53,14 +53,11 @@ def r_drop_penalty(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def require_dropout(model: nn.Module) -> None:
     """Raise UserError where a model has no dropout: R-Drop's two copies of a pair would be the same."""
-    for module in model.modules():
-        if has_dropout(module):
-            return
-
-    raise UserError(
-        "pairwise.r_drop: the model has no dropout, and R-Drop compares passes that differ by it; "
-        "set lora_dropout, or attention_dropout in model_config, or remove r_drop"
-    )
+    if not any(has_dropout(module) for module in model.modules()):
+        raise UserError(
+            "pairwise.r_drop: the model has no dropout, and R-Drop compares passes that differ by it; "
+            "set lora_dropout, or attention_dropout in model_config, or remove r_drop"
+        )
 
 
 def has_dropout(module: nn.Module) -> bool:
