@@ -8,6 +8,7 @@ micro-batch from each band for each process. So all steps have the same mix of l
 and at each turn all processes hold rows of about the same length.
 """
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,22 +158,14 @@ def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
     A turn is one micro-batch of each process. In the example of fill_turns, the turns hold all 4 pairs
     of a step under a budget of 48 tokens, but only 3 of them under 47: the result is 48.
     """
-    # No tokens hold no pair. Tokens for all pairs of a process at the longest width hold all of them.
-    longest_width = int(widths_r[0])
-    too_few = 0
-    enough = longest_width * shape.sequences_per_pair * shape.pairs_of_process
 
-    # A larger budget never holds fewer pairs. So the smallest budget lies above `too_few` and is at most
-    # `enough`. Each pass of the loop halves the distance between the two (bisection).
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        pairs_by_turn = fill_turns(widths_r, shape, middle)
-        holds_all_pairs = sum(pairs_by_turn) == shape.pairs_of_process
-        if holds_all_pairs:
-            enough = middle
-        else:
-            too_few = middle
-    return enough
+    def count_pairs(tokens: int) -> int:
+        return sum(fill_turns(widths_r, shape, tokens))
+
+    # Tokens for all pairs of a process at the longest width hold all of them. A larger budget never holds
+    # fewer pairs, so that bisection finds the smallest.
+    enough = int(widths_r[0]) * shape.sequences_per_pair * shape.pairs_of_process
+    return bisect.bisect_left(range(enough), shape.pairs_of_process, key=count_pairs)
 
 
 def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]:
