@@ -177,14 +177,7 @@ class PairwisePlugin(BasePlugin):
 
             # Rows that an earlier run with this contract has tokenised are read from the cache.
             cache = Path(cfg.output_dir) / "prepared"
-            train, validation = datasets_of(
-                Path(self.block.pairs),
-                self.block.fold,
-                tokenizer,
-                self.contract,
-                cache,
-                self.block.distill,
-            )
+            train, validation = datasets_of(self.block, tokenizer, self.contract, cache)
 
             if self.block.tokens_per_micro_batch:
                 self.batches = self._plan_batches(cfg, train)

@@ -163,15 +163,15 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
 
 
 def test_only_the_first_process_reads_the_pairs_and_all_map_what_it_wrote_in_chunks(tiny_models, tmp_path, monkeypatch):
-    path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)
+    block = block_of(pairs=str(tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)))
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
     contract = contract_of(tokenizer)
 
-    whole = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "whole")
+    whole = datasets.datasets_of(block, tokenizer, contract, tmp_path / "whole")
     monkeypatch.setattr(datasets, "CHUNK_ROWS", 3)
-    first = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "chunks")
+    first = datasets.datasets_of(block, tokenizer, contract, tmp_path / "chunks")
     monkeypatch.setattr(datasets, "read_pairs", None)
-    second = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "chunks")
+    second = datasets.datasets_of(block, tokenizer, contract, tmp_path / "chunks")
 
     for first_rows, second_rows, whole_rows in zip(first, second, whole, strict=True):
         assert first_rows.to_list() == second_rows.to_list() == whole_rows.to_list()

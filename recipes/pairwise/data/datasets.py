@@ -15,7 +15,7 @@ from tqdm import tqdm
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, sha256
 from preprocess.model_input import Contract, encode_all, pair_from_row, swap
-from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.teacher_labels import hash_labels, read_teachers
 
 # What a run reads of a pairs.parquet; role and group may be absent in files of an earlier version.
@@ -249,12 +249,7 @@ def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list
 
 
 def datasets_of(
-    pairs: Path,
-    fold: int | str,
-    tokenizer,
-    contract: Contract,
-    cache: Path,
-    distill: DistillBlock | None = None,
+    block: PairwiseBlock, tokenizer, contract: Contract, cache: Path
 ) -> tuple[Dataset, Dataset]:
     """Return the training and validation datasets of a run, tokenised once.
 
@@ -264,11 +259,11 @@ def datasets_of(
     Returns:
         The training rows and the validation rows, with the columns of FEATURES.
     """
-    folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
+    folder = cache / _cache_name(block, tokenizer, contract)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
         if not folder.exists():
-            _write_cache(folder, pairs, fold, tokenizer, contract, distill)
+            _write_cache(folder, block, tokenizer, contract)
 
     # Both are mapped into memory, not read into it: the processes of a machine share one copy.
     training_set = Dataset.from_file(str(folder / TRAINING_FILE))
@@ -276,20 +271,14 @@ def datasets_of(
     return training_set, validation_set
 
 
-def _write_cache(
-    folder: Path,
-    pairs: Path,
-    fold: int | str,
-    tokenizer,
-    contract: Contract,
-    distill: DistillBlock | None,
-) -> None:
+def _write_cache(folder: Path, block: PairwiseBlock, tokenizer, contract: Contract) -> None:
     """Tokenise the training and validation rows of a run into a folder; see datasets_of."""
-    with_pool = distill is not None and distill.pool
-    train_pairs, validation_pairs = split(read_pairs(pairs), fold, pairs, with_pool)
+    pairs = Path(block.pairs)
+    with_pool = block.distill is not None and block.distill.pool
+    train_pairs, validation_pairs = split(read_pairs(pairs), block.fold, pairs, with_pool)
     teacher_rv = None
-    if distill is not None:
-        teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
+    if block.distill is not None:
+        teacher_rv = read_teachers(block.distill, train_pairs, pairs, contract.verdicts)
 
     with atomic_folder(folder) as temporary:
         tokenise(train_pairs, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
@@ -311,9 +300,7 @@ def _tokenise_longest_first(
     unsorted_file.unlink()
 
 
-def _cache_name(
-    pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
-) -> str:
+def _cache_name(block: PairwiseBlock, tokenizer, contract: Contract) -> str:
     """Name the folder of tokenised rows by a hash of all that decides what they are."""
     # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)
@@ -326,9 +313,9 @@ def _cache_name(
 
     # The files and columns that this code writes. A later version may write others.
     layout = [TRAINING_FILE, list(FEATURES)]
-    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, layout]
-    if distill is not None:
-        inputs += [distill.teachers, distill.pool, hash_labels(distill)]
+    inputs = [sha256(block.pairs), block.fold, settings, tokenizer_sha256, layout]
+    if block.distill is not None:
+        inputs += [block.distill.teachers, block.distill.pool, hash_labels(block.distill)]
 
     inputs_json = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(inputs_json.encode()).hexdigest()[:CACHE_NAME_LENGTH]
