@@ -283,11 +283,8 @@ class PairwisePlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         # The loss.
-        trainer.label_smoothing = self.block.label_smoothing
-        trainer.distill = self.block.distill
-        trainer.focal_gamma = self.block.focal_gamma
-        trainer.r_drop = self.block.r_drop
-        if trainer.r_drop > 0:
+        trainer.block = self.block
+        if self.block.r_drop > 0:
             with stopping_on_errors(self.recipe):
                 require_dropout(trainer.model)
 

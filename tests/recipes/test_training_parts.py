@@ -182,19 +182,28 @@ def test_only_the_first_process_reads_the_pairs_and_all_map_what_it_wrote_in_chu
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "message"),
+    ("kind", "keys", "overrides", "message"),
     [
-        ("gemma2", {"budget_tokens": 4097}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
-        ("gemma2", {"overrides": {"attention_droput": 0.1}}, "attention_droput: unknown key; did you mean attention_dr"),
-        ("llama", {"softcap": True}, "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"),
+        (
+            "gemma2",
+            {"budget_tokens": 4097},
+            {},
+            "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it",
+        ),
+        ("gemma2", {}, {"attention_droput": 0.1}, "attention_droput: unknown key; did you mean attention_dr"),
+        (
+            "llama",
+            {"softcap": True},
+            {},
+            "pairwise.softcap: the base model has no soft cap of attention logits; remove the key",
+        ),
     ],
 )
-def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, changes, message, tiny_models):
-    allowed = {"budget_tokens": 4096, "overrides": {"attention_dropout": 0.1}, "softcap": False}
+def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, keys, overrides, message, tiny_models):
     config = read_config(str(tiny_models(kind)), None)
-    check_config(config, **allowed)
+    check_config(config, block_of(budget_tokens=4096), {"attention_dropout": 0.1})
     with pytest.raises(UserError, match=message):
-        check_config(config, **allowed | changes)
+        check_config(config, block_of(**keys), overrides)
 
 
 @pytest.mark.parametrize(

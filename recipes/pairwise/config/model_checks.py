@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from preprocess.core.errors import UserError
 from preprocess.core.problems import nearest, unknown_key
-from recipes.pairwise.config.schema import HOW_TO_GET_IT
+from recipes.pairwise.config.schema import HOW_TO_GET_IT, PairwiseBlock
 from recipes.pairwise.config.served_models import why_not_served
 
 
@@ -67,9 +67,7 @@ def warn_of_unserved_model(model_type: str, head: str) -> None:
         print(f"warning: base_model: {reason}; it cannot be packaged", file=sys.stderr, flush=True)
 
 
-def check_config(
-    config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool
-) -> None:
+def check_config(config, block: PairwiseBlock, overrides: Mapping[str, object]) -> None:
     """Check that a base model has what a recipe asks of it; `overrides` is the recipe's model_config.
 
     Raises:
@@ -78,9 +76,9 @@ def check_config(
     # A model that also reads images keeps the settings of its language model apart.
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and budget_tokens > positions:
+    if positions and block.budget_tokens > positions:
         raise UserError(
-            f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it"
+            f"pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} positions; lower it"
         )
 
     # transformers takes an unknown key as well, and nothing reads it.
@@ -89,7 +87,7 @@ def check_config(
         if key not in config_keys:
             raise UserError(f"model_config.{key}: {unknown_key(key, config_keys)}")
 
-    if softcap and not getattr(text_config, "attn_logit_softcapping", None):
+    if block.softcap and not getattr(text_config, "attn_logit_softcapping", None):
         raise UserError(
             "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"
         )

@@ -108,9 +108,7 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
 
     # Axolotl has two names for this key, and may have replaced the first by the second.
     overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
-    check_config(
-        model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap
-    )
+    check_config(model_config, block, overrides)
     model = build_empty_model(model_config, block.head)
     check_layers(
         model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save")

@@ -8,7 +8,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
@@ -133,11 +133,8 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     extension. A causal LM's logits are those of the label tokens alone, see heads.py.
     """
 
-    # Set by the plugin, from the recipe: see soft_cross_entropy and r_drop_penalty for the first three.
-    label_smoothing = 0.0
-    focal_gamma = 0.0
-    r_drop = 0.0
-    distill: DistillBlock | None = None  # how a student learns from its teachers
+    # Set by the plugin.
+    block: PairwiseBlock  # what the recipe adds to cross-entropy
     model_options: dict = {}  # further arguments of the model's forward
     token_budget_batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
     # Of the training rows: token_budget_batches, or a RowOrder.
@@ -152,7 +149,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss of a batch of PairCollator, and where they are asked for its logits."""
         # R-Drop compares two passes of a pair, which differ by their dropout.
-        uses_r_drop = self.r_drop > 0 and model.training
+        uses_r_drop = self.block.r_drop > 0 and model.training
         model_inputs = repeat_batch(inputs) if uses_r_drop else dict(inputs)
 
         # What the loss reads is no input of the model.
@@ -180,15 +177,16 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         teacher: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the loss of a training step, with all that the recipe adds to cross-entropy."""
-        loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
+        block = self.block
+        loss = soft_cross_entropy(logits, labels, weight, block.label_smoothing, block.focal_gamma)
 
         if teacher is not None:
-            teacher_share = self.distill.weight
-            divergence = distillation_loss(logits, teacher, weight, self.distill.temperature)
+            teacher_share = block.distill.weight
+            divergence = distillation_loss(logits, teacher, weight, block.distill.temperature)
             loss = (1 - teacher_share) * loss + teacher_share * divergence
 
-        if self.r_drop > 0:
-            loss = loss + self.r_drop * r_drop_penalty(logits, weight)
+        if block.r_drop > 0:
+            loss = loss + block.r_drop * r_drop_penalty(logits, weight)
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
