@@ -242,22 +242,23 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
 
     Batch sizes of DeepSpeed stand as numbers in a copy of its JSON: with "auto", accelerate counts one process on a CPU.
     """
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     unknown = sorted(set(changes) - set(TWIN_KEYS))
     if unknown:
         raise ValueError(f"a twin may not change {unknown}")
-    values |= {"base_model": str(base_model), "output_dir": str(folder / recipe.stem), "max_steps": 3, "bf16": False}
-    # A few validation rows of a model that has learnt nothing decide nothing finer.
-    package = values["pairwise"]["package"] | {"tolerance_log_loss": 1.0, "tolerance_verdicts": 1.0}
-    values["pairwise"] = values["pairwise"] | {"pairs": str(pairs_file), "package": package}
     folder.mkdir(parents=True, exist_ok=True)
-    hardware = values["pairwise"].pop("hardware", None)
-    if hardware is not None:
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values |= {"base_model": str(base_model), "output_dir": str(folder / recipe.stem), "max_steps": 3, "bf16": False}
+
+    block = values["pairwise"]
+    block["pairs"] = str(pairs_file)
+    # A few validation rows of a model that has learnt nothing decide nothing finer.
+    block["package"] |= {"tolerance_log_loss": 1.0, "tolerance_verdicts": 1.0}
+    if "hardware" in block:
         # The pairs of one GPU: the twin trains in one process.
-        values["pairwise"]["pairs_per_step"] //= hardware["gpus"]
-    if "distill" in values["pairwise"]:
-        teacher = str(teacher_labels(folder / "teacher", pairs_file))
-        values["pairwise"]["distill"] = values["pairwise"]["distill"] | {"teachers": [teacher]}
+        block["pairs_per_step"] //= block.pop("hardware")["gpus"]
+    if "distill" in block:
+        block["distill"]["teachers"] = [str(teacher_labels(folder / "teacher", pairs_file))]
+
     if "deepspeed" in values and "deepspeed" not in changes:
         changes["deepspeed"] = str(deepspeed_numbers(values["deepspeed"], folder, values, processes=1))
     values |= changes

@@ -79,18 +79,9 @@ def attend_within_sequences(  # noqa: PLR0913  transformers' signature
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a padding-free batch; transformers calls this in every layer.
 
-    Args:
-        module: The layer, which says whether it is causal.
-        query: Of shape (1, heads, tokens, size of a head).
-        key: As the query, with fewer heads where groups of heads share one.
-        value: As the key.
-        attention_mask: None, see ATTENTION.
-        cu_seq_lens_q: Where each sequence begins, and where the last one ends, of shape (sequences + 1,).
-        max_length_q: Tokens of the longest sequence.
-        dropout: The share of attention weights to drop. On a GPU there is no such dropout.
-        scaling: Of the scores; None for the inverse root of the size of a head.
-        sliding_window: Only tokens less than this far away are seen; None for all.
-        kwargs: What other implementations read.
+    The query has the shape (1, heads, tokens, size of a head); key and value have fewer heads where groups of
+    heads share one. `cu_seq_lens_q` is where each sequence begins, and where the last one ends. Of a sliding
+    window, only tokens less than this far away are seen. On a GPU there is no dropout.
 
     Returns:
         The output of shape (1, tokens, heads, size of a head), and None in place of the weights.
