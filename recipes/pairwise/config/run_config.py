@@ -80,11 +80,7 @@ def list_key_problems(cfg: dict, recipe: Path) -> list[str]:
     """
     # Without the file, only the keys that are always refused can be told from Axolotl's own.
     if not recipe.is_file():
-        problems = []
-        for key, reason in REFUSED.items():
-            if cfg.get(key):
-                problems.append(f"{key}: refused, {reason}")
-        return problems
+        return [f"{key}: refused, {reason}" for key, reason in REFUSED.items() if cfg.get(key)]
 
     # The command line may have replaced a value of the file, as `axolotl train RECIPE --base-model X`
     # does. `cfg` holds what counts.

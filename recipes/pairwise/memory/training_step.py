@@ -230,9 +230,7 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
     attention_numbers = 4 * attention_width + step.longest_row
 
     # An MLP keeps what goes into its activation function; with a gate, both factors too.
-    mlp_numbers = mlp_width
-    if has_gate(layer, mlp_width):
-        mlp_numbers = 3 * mlp_width
+    mlp_numbers = 3 * mlp_width if has_gate(layer, mlp_width) else mlp_width
 
     # Both are in 16 bits.
     intermediate_bytes = BFLOAT16_BYTES * (attention_numbers + mlp_numbers)

@@ -38,9 +38,7 @@ def keep_on_numbered_cpu(
     storage: torch.UntypedStorage, location: str
 ) -> torch.UntypedStorage | None:
     """Leave what torch.load has read where it is, if it is to be moved to a numbered CPU."""
-    if location.startswith("cpu:"):
-        return storage
-    return None
+    return storage if location.startswith("cpu:") else None
 
 
 def answer_no_peers(device, peer) -> bool:

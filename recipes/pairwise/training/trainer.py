@@ -109,11 +109,8 @@ class _AfterAxolotl(Trainer):
     def log(self, logs, start_time=None):
         check_gradient(float(logs.get("grad_norm", 0.0)), self.state.global_step, self.loss_scale())
 
-        meaningful = {}
-        for name, value in logs.items():
-            if not name.startswith(MEANINGLESS_METRICS):
-                meaningful[name] = value
-        super().log(meaningful, start_time)
+        names = [name for name in logs if not name.startswith(MEANINGLESS_METRICS)]
+        super().log({name: logs[name] for name in names}, start_time)
 
     def loss_scale(self) -> float | None:
         """Return the present loss scale of training in fp16, None in other dtypes."""
