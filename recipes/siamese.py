@@ -90,11 +90,7 @@ def read_options() -> argparse.Namespace:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks.
-
-    Raises:
-        UserError: The file cannot be read, lacks a column, is empty, or has an id twice.
-    """
+    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks."""
     try:
         if path.suffix == ".csv":
             rows = pl.read_csv(path, infer_schema=False)
@@ -129,9 +125,13 @@ def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
 
 def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Add the column `target`, the share of votes for A with half of the ties, and scale weights to mean 1."""
+    # The pool has no votes, and on the lockbox nothing is trained.
+    if "role" not in pairs.columns:
+        pairs = pairs.with_columns(role=pl.lit("train"))
+    pairs = pairs.filter(pl.col("role").is_in(["train", "extra"]))
+
     pairs = pairs.with_columns(
-        pl.col("weight") / pl.mean("weight"),
-        target=pl.col("p_model_a") + pl.col("p_tie") / 2,
+        pl.col("weight") / pl.mean("weight"), target=pl.col("p_model_a") + pl.col("p_tie") / 2
     )
     is_complete = (pairs["target"] + pairs["weight"]).is_finite().fill_null(False)
     if not is_complete.all():
@@ -139,13 +139,6 @@ def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
             f"{path}: a probability or weight is missing; write the file with python -m preprocess"
         )
     return pairs
-
-
-def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Leave out the pool, which has no votes, and the lockbox, which nothing is trained on."""
-    if "role" not in pairs.columns:
-        return pairs.with_columns(role=pl.lit("train"))
-    return pairs.filter(pl.col("role").is_in(["train", "extra"]))
 
 
 def split(
@@ -235,13 +228,8 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
 
 
 def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
-    """Join a prompt and a response to one sequence of token ids, a separator between them.
-
-    Args:
-        prompt: The prompt's token ids; the end of it is kept, in a quarter of the tokens at most.
-        response: The response's token ids; what does not fit is cut out of its middle.
-        tokens: The most that the sequence may have.
-    """
+    """Join the token ids of a prompt and a response, with a separator, to a sequence of so many tokens at most."""
+    # The prompt's end is kept; of the response, what does not fit is cut out of the middle.
     most_of_prompt = tokens // 4
     prompt = prompt[max(len(prompt) - most_of_prompt, 0) :]
 
@@ -284,10 +272,7 @@ def make_shuffled_batches(
     size: int,
     rng: np.random.Generator,
 ) -> tf.data.Dataset:
-    """Make batches of rows of like length, in random order, others in each epoch.
-
-    The rows that would not fill a batch are left out, other ones in each epoch.
-    """
+    """Make full batches of rows of like length, in random order; rows left over are others in each epoch."""
     count = len(pairs) // size
     lengths = np.array([max(len(side_a), len(side_b)) for side_a, side_b in pairs])
 
@@ -440,10 +425,7 @@ def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
 
 
 def measure(rows: pl.DataFrame) -> dict[str, float]:
-    """Compute accuracy and log loss of predicted rows, by the names that all runs use.
-
-    Accuracy is against the winners, ties left out; log loss against the shares of the votes.
-    """
+    """Compute accuracy against the winners, ties left out, and log loss against the shares of the votes."""
     is_decided = (rows["winner"] != "tie").to_numpy()
     a_won = (rows["winner"] == "model_a").to_numpy()
     p_model_a = rows["p_model_a"].to_numpy()
@@ -500,7 +482,7 @@ def collect_settings(options: argparse.Namespace) -> dict[str, object]:
 def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Namespace) -> None:
     """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others."""
     start = time.monotonic()
-    pairs = add_targets(choose_trainable(pairs), options.pairs)
+    pairs = add_targets(pairs, options.pairs)
     training, stopping, held_out = split(pairs, options)
     if options.tokenizer is None:
         tokenizer = train_tokenizer(options.vocabulary, training)

@@ -31,6 +31,13 @@ def axolotl(command: str, recipe: Path, environment: dict[str, str] | None = Non
     return Ended(process.exitcode, recipe.with_suffix(".log").read_text(errors="replace"))
 
 
+def train(recipe: Path, environment: dict[str, str] | None = None, **options) -> str:
+    """Train a recipe to its end in a fork, and return what it printed."""
+    ended = axolotl("train", recipe, environment, **options)
+    assert ended.code == 0, ended.output[-3000:]
+    return ended.output
+
+
 def wait(processes: list[multiprocessing.Process]) -> None:
     """Wait for runs to end; those that still run after nine minutes are killed."""
     deadline = time.monotonic() + 540

@@ -2,50 +2,35 @@
 
 from pathlib import Path
 
-import polars as pl
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from kaggle_kernels.build.bundle import build
-from kaggle_kernels.rehearsal.rehearse import rehearse
 from postprocess.pipeline import Options, package_recipe
 from preprocess.core import ledger
-from preprocess.core.files import read_json
 from preprocess.model_input import read_contract
 from recipes.pairwise.config.schema import read_recipe
 from tests import forked, tiny
 from tests.conftest import ROOT
+from tests.test_every_architecture import largest_loading_error, rehearse_twelve_rows, write_spec
+
+pytestmark = pytest.mark.slow
 
 HEAD = "base_model.model.score.weight"
-SPEC = """title: Pairwise Third
-competition: wsdm
-clock_seconds: 600
-wheels: pairwise-wheels
-packages: [{run: third, dataset: pairwise-demo}]
-"""
 
 
 def write_recipe(name: str, base, block: dict, **keys):
     """Write a recipe like the demo's, for three steps that hardly move the head."""
-    values = yaml.safe_load((ROOT / "recipes/demo.yml").read_text())
-    values |= {"base_model": str(base), "max_steps": 3, "learning_rate": 0.001, "bf16": False, **keys}
     package = {"slug": "pairwise-demo", "quantize": "nf4" if keys.get("load_in_4bit") else "none", "tolerance": 0.3}
-    values["pairwise"] |= {"pairs": "pairs.parquet", "package": package, **block}
-    path = Path(f"recipes/{name}.yml")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(values))
-    return path
+    block = {"pairs": "pairs.parquet", "package": package} | block
+    keys |= {"base_model": str(base), "max_steps": 3, "learning_rate": 0.001, "bf16": False}
+    return tiny.change(ROOT / "recipes/demo.yml", block, Path(f"recipes/{name}.yml"), **keys)
 
 
 def train(recipe) -> str:
-    ended = forked.axolotl("train", recipe, {"PAIRWISE_LEDGER": str(ledger.ledger_path())})
-    assert ended.code == 0, ended.output[-3000:]
-    return ended.output
+    return forked.train(recipe, {"PAIRWISE_LEDGER": str(ledger.ledger_path())})
 
 
-@pytest.mark.slow
 def test_three_runs_go_on_from_a_reward_model_to_a_submission(tiny_models, tmp_path, monkeypatch, ledger_file):
     monkeypatch.chdir(tmp_path)
     tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
@@ -79,18 +64,10 @@ def test_three_runs_go_on_from_a_reward_model_to_a_submission(tiny_models, tmp_p
     ]
 
     # What is served is what was trained, up to the float16 in which the merged model is read again.
-    package = package_recipe(read_recipe(third))
-    models = {line["model"]: line for line in read_json(package.parent / "agreement.json")["models"]}
-    assert models["recorded"]["against_trained"]["largest"] < 2e-3
-    tiny.pairs(12, seed=4, prefix="test").write_parquet("test.parquet")
-    spec = tmp_path / "third.yml"
-    spec.write_text(SPEC)
-    build(spec)
-    rehearse(spec, tmp_path / "test.parquet", tmp_path / "rehearsal", ROOT / ".venv-kaggle/bin/python")
-    assert pl.read_csv("rehearsal/submission.csv").height == 12
+    assert largest_loading_error(package_recipe(read_recipe(third))) < 2e-3
+    rehearse_twelve_rows(write_spec(tmp_path / "specs/third.yml", "third"), tmp_path)
 
 
-@pytest.mark.slow
 def test_a_one_label_checkpoint_is_packaged_with_two_verdicts(tiny_models, tmp_path, monkeypatch):
     """In 4 bits too, where transformers does not compare the shapes that it loads."""
     monkeypatch.chdir(tmp_path)
@@ -99,6 +76,4 @@ def test_a_one_label_checkpoint_is_packaged_with_two_verdicts(tiny_models, tmp_p
     kwargs = {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["score"]}
     recipe = write_recipe("qlora", checkpoint, {}, adapter="qlora", load_in_4bit=True, bnb_config_kwargs=kwargs)
     train(recipe)
-    package = package_recipe(read_recipe(recipe))
-    models = {line["model"]: line for line in read_json(package.parent / "agreement.json")["models"]}
-    assert models["recorded"]["against_trained"]["largest"] < 1e-4
+    assert largest_loading_error(package_recipe(read_recipe(recipe))) < 1e-4

@@ -109,50 +109,39 @@ def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 102
     It has Gemma's control tokens, and those of another family for a model of that `kind`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<|reserved_special_token_0|>"]
     specials += CONTROL_TOKENS.get(kind, [])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_corpus() if texts is None else texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        additional_special_tokens=specials[4:],
-    ).save_pretrained(folder)
+    sizes = {"vocab_size": vocabulary_size, "special_tokens": specials, "show_progress": False}
+    trainer = trainers.BpeTrainer(**sizes, initial_alphabet=byte_level.alphabet())
+    tokenizer.train_from_iterator(texts or _corpus(), trainer)
+    _save_tokenizer(tokenizer, folder, ("pad", "eos", "bos", "unk"), specials, additional_special_tokens=specials[4:])
 
 
 def wordpiece_tokenizer(folder: Path, vocabulary_size: int = 1024, texts: Iterable[str] | None = None) -> None:
     """A BERT tokenizer trained on `texts`, or on the demo's words, saved as a transformers folder."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        _corpus() if texts is None else texts,
-        trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False),
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    ).save_pretrained(folder)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(texts or _corpus(), trainer)
+    _save_tokenizer(tokenizer, folder, ("pad", "unk", "cls", "sep", "mask"), specials)
+
+
+def _save_tokenizer(tokenizer, folder: Path, roles: Iterable[str], tokens: list[str], **options) -> None:
+    """Save a tokenizer for transformers; its first special tokens have these roles."""
+    from transformers import PreTrainedTokenizerFast
+
+    options |= {f"{role}_token": token for role, token in zip(roles, tokens, strict=False)}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
 
 
 def _corpus() -> list[str]:
@@ -166,13 +155,7 @@ KINDS = ("gemma2", "llama", "qwen2", "qwen3", "phi3", "mistral", *ENCODERS)
 OWN_KEYS = {
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "mistral": {"sliding_window": 64},
-    "modernbert": {
-        "local_attention": 64,
-        "cls_token_id": 2,
-        "sep_token_id": 3,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    },
+    "modernbert": {"local_attention": 64, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
     "deberta-v2": {
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],
@@ -259,26 +242,38 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
 
     Batch sizes of DeepSpeed stand as numbers in a copy of its JSON: with "auto", accelerate counts one process on a CPU.
     """
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     unknown = sorted(set(changes) - set(TWIN_KEYS))
     if unknown:
         raise ValueError(f"a twin may not change {unknown}")
-    values |= {"base_model": str(base_model), "output_dir": str(folder / recipe.stem), "max_steps": 3, "bf16": False}
-    # A few validation rows of a model that has learnt nothing decide nothing finer.
-    package = values["pairwise"]["package"] | {"tolerance_log_loss": 1.0, "tolerance_verdicts": 1.0}
-    values["pairwise"] = values["pairwise"] | {"pairs": str(pairs_file), "package": package}
     folder.mkdir(parents=True, exist_ok=True)
-    hardware = values["pairwise"].pop("hardware", None)
-    if hardware is not None:
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values |= {"base_model": str(base_model), "output_dir": str(folder / recipe.stem), "max_steps": 3, "bf16": False}
+
+    block = values["pairwise"]
+    block["pairs"] = str(pairs_file)
+    # A few validation rows of a model that has learnt nothing decide nothing finer.
+    block["package"] |= {"tolerance_log_loss": 1.0, "tolerance_verdicts": 1.0}
+    if "hardware" in block:
         # The pairs of one GPU: the twin trains in one process.
-        values["pairwise"]["pairs_per_step"] //= hardware["gpus"]
-    if "distill" in values["pairwise"]:
-        teacher = str(teacher_labels(folder / "teacher", pairs_file))
-        values["pairwise"]["distill"] = values["pairwise"]["distill"] | {"teachers": [teacher]}
+        block["pairs_per_step"] //= block.pop("hardware")["gpus"]
+    if "distill" in block:
+        block["distill"]["teachers"] = [str(teacher_labels(folder / "teacher", pairs_file))]
+
     if "deepspeed" in values and "deepspeed" not in changes:
         changes["deepspeed"] = str(deepspeed_numbers(values["deepspeed"], folder, values, processes=1))
     values |= changes
     path = folder / recipe.name
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def change(recipe: Path, block: dict | None = None, path: Path | None = None, **keys) -> Path:
+    """Change keys of a recipe, and of its `pairwise:` block, in its file or in a copy at `path`; None removes a key."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) | keys
+    values["pairwise"] |= block or {}
+    values = {key: value for key, value in values.items() if value is not None}
+    path = path or recipe
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
     return path
 

@@ -30,63 +30,35 @@ TOKENIZER_FILES = (
 CONTROL_TOKEN = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # a chat model's control tokens, and BERT's
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, 0123456789. "
-GOLDEN_ROWS = (
-    {"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"},
-    {"prompt": "", "response_a": "", "response_b": ""},
-    {"prompt": None, "response_a": None, "response_b": "only B answered"},
-    {
-        "prompt": " leading and trailing ",
-        "response_a": "\n\ttab\r\nwindows\r\r\n",
-        "response_b": "a  b   c",
-    },
-    {
-        "prompt": "用中文回答:天空为什么是蓝色的?",
-        "response_a": "因为瑞利散射。",
-        "response_b": "我不知道。",
-    },
-    {"prompt": "日本の首都はどこですか。", "response_a": "東京です。", "response_b": "ｶﾀｶﾅ ｱﾘ"},
-    {"prompt": "ما هي عاصمة مصر؟", "response_a": "القاهرة", "response_b": "\u202eالإسكندرية\u202c"},
-    {"prompt": "מהי בירת ישראל?", "response_a": "ירושלים", "response_b": "תל אביב"},
-    {"prompt": "Какая столица России?", "response_a": "Москва", "response_b": "Санкт-Петербург"},
-    {"prompt": "प्रधानमंत्री कौन है?", "response_a": "नहीं पता", "response_b": "ठीक है"},
-    {
-        "prompt": "emoji 🙂",
-        "response_a": "👩‍👩‍👧‍👦 🇩🇪 👍🏽",
-        "response_b": "e\u0301 é \u200b\u200d\ufeff",
-    },
-    {"prompt": "lone \ud800 surrogate", "response_a": "\udfff", "response_b": "pair \ud83d\ude00"},
-    {
-        "prompt": "<bos><start_of_turn>user\nignore</s><eos>",
-        "response_a": "<|im_start|>system<|im_end|><|endoftext|>",
-        "response_b": "[CLS] [SEP] [MASK] [PAD] <pad> <unk>",
-    },
-    {
-        "prompt": "<|begin_of_text|><|eot_id|>",
-        "response_a": "<end_of_turn>\n<start_of_turn>model",
-        "response_b": "{prompt}",
-    },
-    {
-        "prompt": "nul \x00 bell \x07",
-        "response_a": "\x1b[31mred\x1b[0m",
-        "response_b": "\u2028 \u2029 \x85",
-    },
-    {
-        "prompt": "def f(x):\n    return x ** 2\n",
-        "response_a": "```python\nprint('A')\n```",
-        "response_b": "| a | b |\n|---|---|",
-    },
-    {"prompt": SENTENCE * 300, "response_a": "short", "response_b": "also short"},
-    {"prompt": "short", "response_a": SENTENCE * 300, "response_b": "漢字かな交じり文。" * 800},
-    {
-        "prompt": ["first turn", "second turn"],
-        "response_a": ["a one", "a two"],
-        "response_b": ["b one", None],
-    },
-    {
-        "prompt": [f"turn {number}: {SENTENCE * 20}" for number in range(12)],
-        "response_a": [SENTENCE * 10] * 12,
-        "response_b": ["x", "", SENTENCE * 30] * 4,
-    },
+GOLDEN_TEXTS = (  # prompt, response A and response B of each golden row
+    ("What is 2 + 2?", "4", "5"),
+    ("", "", ""),
+    (None, None, "only B answered"),
+    (" leading and trailing ", "\n\ttab\r\nwindows\r\r\n", "a  b   c"),
+    ("用中文回答:天空为什么是蓝色的?", "因为瑞利散射。", "我不知道。"),
+    ("日本の首都はどこですか。", "東京です。", "ｶﾀｶﾅ ｱﾘ"),
+    ("ما هي عاصمة مصر؟", "القاهرة", "\u202eالإسكندرية\u202c"),
+    ("מהי בירת ישראל?", "ירושלים", "תל אביב"),
+    ("Какая столица России?", "Москва", "Санкт-Петербург"),
+    ("प्रधानमंत्री कौन है?", "नहीं पता", "ठीक है"),
+    ("emoji 🙂", "👩‍👩‍👧‍👦 🇩🇪 👍🏽", "e\u0301 é \u200b\u200d\ufeff"),
+    ("lone \ud800 surrogate", "\udfff", "pair \ud83d\ude00"),
+    (
+        "<bos><start_of_turn>user\nignore</s><eos>",
+        "<|im_start|>system<|im_end|><|endoftext|>",
+        "[CLS] [SEP] [MASK] [PAD] <pad> <unk>",
+    ),
+    ("<|begin_of_text|><|eot_id|>", "<end_of_turn>\n<start_of_turn>model", "{prompt}"),
+    ("nul \x00 bell \x07", "\x1b[31mred\x1b[0m", "\u2028 \u2029 \x85"),
+    ("def f(x):\n    return x ** 2\n", "```python\nprint('A')\n```", "| a | b |\n|---|---|"),
+    (SENTENCE * 300, "short", "also short"),
+    ("short", SENTENCE * 300, "漢字かな交じり文。" * 800),
+    (["first turn", "second turn"], ["a one", "a two"], ["b one", None]),
+    (
+        [f"turn {number}: {SENTENCE * 20}" for number in range(12)],
+        [SENTENCE * 10] * 12,
+        ["x", "", SENTENCE * 30] * 4,
+    ),
 )
 
 
@@ -100,14 +72,6 @@ def new_contract(
     pad_token_id: int,
 ) -> Contract:
     """Make the contract as training starts; the hashes of the tokenizer's files come at its end.
-
-    Args:
-        block: The recipe's `pairwise:` block.
-        tokenizer: A fast tokenizer of transformers.
-        attention: transformers' implementation of attention.
-        base_model: A repository of the hub, or a folder as the user named it.
-        revision: The repository's commit.
-        pad_token_id: What rows are padded with.
 
     Raises:
         UserError: Rows end with the pad token. A classifier reads the last token that is not padding,
@@ -187,7 +151,8 @@ def find_label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
 def encode_golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
     """Encode twenty made-up pairs, awkward ones among them: each with its token ids under the contract."""
     rows = []
-    for number, texts in enumerate(GOLDEN_ROWS):
+    for number, (prompt, response_a, response_b) in enumerate(GOLDEN_TEXTS):
+        texts = {"prompt": prompt, "response_a": response_a, "response_b": response_b}
         rows.append({"id": f"golden-{number:02d}", **texts})
     pairs = [pair_from_row(row) for row in rows]
 
@@ -200,13 +165,13 @@ def encode_golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
 def write_contract(
     folder: Path, contract: Contract, recipe: Path, started_from: Mapping | None = None
 ) -> None:
-    """Write contract.json and model_input.py into a run folder.
+    """Write contract.json and model_input.py into a run folder, which holds the tokenizer's files already.
 
     Args:
-        folder: The run folder, which holds the tokenizer's files already.
+        folder: The run folder.
         contract: The contract. The files' hashes, and what is recorded of the run, are added.
         recipe: The recipe's file.
-        started_from: The run that this one went on from, as EarlierRun describes it; None for a base model.
+        started_from: The run that this one went on from, as EarlierRun describes it.
 
     Raises:
         UserError: The folder has no tokenizer.json.
@@ -243,12 +208,8 @@ def record_training(
 ) -> None:
     """Enter a run into the ledger, once its metrics.json and contract.json are there.
 
-    Args:
-        recipe: The recipe's file.
-        folder: The run folder.
-        pairs: The pairs file.
-        recipe_sha256: The recipe's hash when the run began, hours before; its hash of now without it.
-        **git_state: The commit when the run began, as ledger.git_state gives it; that of now without it.
+    A run began hours before: `recipe_sha256` and `git_state` (see ledger.git_state) are of its beginning, and
+    without them of now.
     """
     metrics = read_object(folder / "metrics.json")
     pairs_sha256 = metrics.pop("pairs_sha256")

@@ -6,7 +6,6 @@ interrupted cross-validation goes on where it stopped. Out-of-fold rows are pred
 
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -27,18 +26,24 @@ AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 @click.option(
     "--join", "only_join", is_flag=True, help="Train nothing; join the folds that are trained."
 )
+@click.option("--base-model", help="Axolotl's; another one than the recipe's.")
 @click.argument("axolotl_options", nargs=-1, type=click.UNPROCESSED)
 @exits_with_2
-def main(recipe: str, only_join: bool, axolotl_options: tuple[str, ...]) -> None:
+def main(
+    recipe: str, only_join: bool, base_model: str | None, axolotl_options: tuple[str, ...]
+) -> None:
     """Train all folds of RECIPE with axolotl and write outputs/R/oof.parquet and cv.json.
 
-    Options that follow are Axolotl's, for instance --base-model FOLDER or --launcher torchrun.
+    Options that follow are Axolotl's, for instance --launcher torchrun.
     """
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, cross-validation trains every fold")
     checked = read_recipe(recipe)
     pairs = Path(checked.pairwise.pairs)
-    base_model = option_value(axolotl_options, "--base-model") or checked.axolotl["base_model"]
+    command = ["axolotl", "train", recipe]
+    if base_model is not None:
+        command += ["--base-model", base_model]
+    command += axolotl_options
 
     folds = list_folds(read_pairs(pairs))
     if only_join:
@@ -47,11 +52,10 @@ def main(recipe: str, only_join: bool, axolotl_options: tuple[str, ...]) -> None
 
     for fold in folds:
         folder = checked.run_folder / f"fold-{fold}"
-        if is_complete(folder, checked, base_model):
+        if is_complete(folder, checked, base_model or checked.axolotl["base_model"]):
             print(f"fold {fold}: up to date in {folder}")
             continue
 
-        command = ["axolotl", "train", recipe, *axolotl_options]
         print(f"fold {fold}: {' '.join(command)} with PAIRWISE_FOLD={fold}", flush=True)
         environment = os.environ | {"PAIRWISE_FOLD": str(fold)}
         code = subprocess.run(command, env=environment, check=False).returncode
@@ -62,22 +66,8 @@ def main(recipe: str, only_join: bool, axolotl_options: tuple[str, ...]) -> None
     collect(checked.run_folder, folds, pairs)
 
 
-def option_value(options: Sequence[str], name: str) -> str | None:
-    """Return the value of an option that is written `NAME VALUE` or `NAME=VALUE`."""
-    for number, option in enumerate(options):
-        if option.startswith(f"{name}="):
-            return option.removeprefix(f"{name}=")
-        if option == name and number + 1 < len(options):
-            return options[number + 1]
-    return None
-
-
 def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
-    """Return whether the run in `folder` has ended and would be the same today.
-
-    It was then trained from this base model, on these pairs and these labels of teachers, with this
-    model_input.py, and the recipe has not changed since.
-    """
+    """Return whether the run in `folder` has ended and would be the same today."""
     contract_file = folder / "contract.json"
     if not contract_file.exists():
         return False

@@ -69,7 +69,7 @@ class PairwisePlugin(BasePlugin):
         super().__init__()
         self.started = time.monotonic()
 
-        # Set by `register`, from the recipe and the base model's configuration.
+        # Set by `register`.
         self.recipe: Path | None = None
         self.resolved = None  # the recipe's keys as they run: see recipe_copy.resolve_recipe
         self.begun_from: dict = {}  # for the ledger: the recipe's hash and the git state
@@ -177,14 +177,7 @@ class PairwisePlugin(BasePlugin):
 
             # Rows that an earlier run with this contract has tokenised are read from the cache.
             cache = Path(cfg.output_dir) / "prepared"
-            train, validation = datasets_of(
-                Path(self.block.pairs),
-                self.block.fold,
-                tokenizer,
-                self.contract,
-                cache,
-                self.block.distill,
-            )
+            train, validation = datasets_of(self.block, tokenizer, self.contract, cache)
 
             if self.block.tokens_per_micro_batch:
                 self.batches = self._plan_batches(cfg, train)
@@ -290,11 +283,8 @@ class PairwisePlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         # The loss.
-        trainer.label_smoothing = self.block.label_smoothing
-        trainer.distill = self.block.distill
-        trainer.focal_gamma = self.block.focal_gamma
-        trainer.r_drop = self.block.r_drop
-        if trainer.r_drop > 0:
+        trainer.block = self.block
+        if self.block.r_drop > 0:
             with stopping_on_errors(self.recipe):
                 require_dropout(trainer.model)
 

@@ -30,12 +30,10 @@ def is_first_on_machine() -> bool:
 def stop(error: Exception, recipe: Path | None = None) -> None:
     """End this process with exit code 2; the first one on each machine says why, in one line that names the recipe."""
     if is_first_on_machine():
-        is_named = recipe is None or str(recipe) in str(error)
-        print(
-            f"error: {error}" if is_named else f"error: {recipe}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = str(error)
+        if recipe is not None and str(recipe) not in message:
+            message = f"{recipe}: {message}"
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -47,10 +47,8 @@ def main(recipe: str, axolotl_options: tuple[str, ...]) -> None:
 
 def chooses_launcher(axolotl_options: tuple[str, ...]) -> bool:
     """Return whether the options name a launcher, or imply one: sweeps and Ray start processes."""
-    for option in axolotl_options:
-        if option.startswith(("--launcher", "--sweep", "--use-ray")):
-            return True
-    return False
+    names = ("--launcher", "--sweep", "--use-ray")
+    return any(option.startswith(names) for option in axolotl_options)
 
 
 def count_devices() -> int:

@@ -20,17 +20,18 @@ def twin(recipe: str, folder: Path, base: Path, stage: str | None = None, proces
     The batch of a step is the recipe's whatever the number of processes: they share its accumulation steps.
     """
     source = ROOT / f"recipes/{recipe}.yml"
+    folder.mkdir(exist_ok=True)
     path = tiny.twin(source, folder, base, tiny.pairs_parquet(folder / "pairs.parquet", rows), deepspeed=None)
-    changed = yaml.safe_load(path.read_text()) | SETTINGS
+    values = yaml.safe_load(path.read_text())
+    changes = dict(SETTINGS)
     # pairs_per_step is shared out by the plugin.
-    if "gradient_accumulation_steps" in changed:
-        changed["gradient_accumulation_steps"] //= processes
+    if "gradient_accumulation_steps" in values:
+        changes["gradient_accumulation_steps"] = values["gradient_accumulation_steps"] // processes
     if stage:
-        changed["deepspeed"] = str(tiny.deepspeed_numbers(f"recipes/deepspeed/{stage}.json", folder, changed, processes))
-    if "adapter" in changed:
-        changed["lora_dropout"] = 0
-    path.write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
-    return path
+        changes["deepspeed"] = str(tiny.deepspeed_numbers(f"recipes/deepspeed/{stage}.json", folder, values, processes))
+    if "adapter" in values:
+        changes["lora_dropout"] = 0
+    return tiny.change(path, **changes)
 
 
 def trained_weights(run: Path) -> dict:

@@ -145,8 +145,7 @@ def test_a_pool_row_that_is_in_the_lockbox_is_refused(pairs_file):
 
 def test_a_student_trains_on_votes_and_pool_and_is_measured_against_votes(tmp_path, tiny_models, pairs_file):
     recipe = tiny.twin(ROOT / "recipes/minilm_student.yml", tmp_path / "outputs", tiny_models("bert"), pairs_file)
-    ended = forked.axolotl("train", recipe)
-    assert ended.code == 0, ended.output[-3000:]
+    forked.train(recipe)
     metrics = read_json(tmp_path / "outputs/minilm_student/metrics.json")
     assert (metrics["training_rows"], metrics["rows"]) == (19, 4)
     assert list(metrics["labels_sha256"]) == [str(tmp_path / "outputs/teacher/labels.parquet")]

@@ -52,11 +52,15 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(inputs):
     """The folder of a run over two logical CPUs that answered test.csv, and what it printed."""
-    out = inputs / "run"
-    arguments = ["--pairs", inputs / "pairs.parquet", "--fold", 2, "--out", out, "--test", inputs / "test.csv", *SMALL]
-    done = siamese(*arguments, "--cpu-devices", 2, "--epochs", 4)
+    return inputs / "run", train_and_answer(inputs, "test.csv")
+
+
+def train_and_answer(inputs, test: str) -> str:
+    """Answer a file's rows by the run of fold 2, which is trained unless it was; return what the script prints."""
+    files = ["--pairs", inputs / "pairs.parquet", "--out", inputs / "run", "--test", inputs / test]
+    done = siamese(*files, *SMALL, "--fold", 2, "--cpu-devices", 2, "--epochs", 4)
     assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return done.stdout
 
 
 def test_the_loss_falls_over_two_devices(trained):
@@ -88,29 +92,12 @@ def test_a_finished_run_answers_swapped_rows_the_other_way_without_training_agai
     out, _ = trained
     first = pl.read_csv(out / "submission.csv")
     weights = (out / "model.keras").read_bytes()
-    arguments = ["--pairs", inputs / "pairs.parquet", "--fold", 2, "--out", out, "--test", inputs / "swapped.csv", *SMALL]
-    done = siamese(*arguments, "--cpu-devices", 2, "--epochs", 4)
-    assert done.returncode == 0, done.stderr
-    assert "Epoch" not in done.stdout
+    assert "Epoch" not in train_and_answer(inputs, "swapped.csv")
     assert (out / "model.keras").read_bytes() == weights
     assert first["id"].to_list() == [f"test{number:05d}" for number in range(33)]
     assert first["winner"].n_unique() == 2
     other_way = pl.col("winner").replace_strict({"model_a": "model_b", "model_b": "model_a"})
     assert pl.read_csv(out / "submission.csv").equals(first.with_columns(other_way))
-
-
-def test_a_tokenizer_from_a_file_is_taken_without_its_truncation_and_padding(inputs):
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "river": 1, "boring": 2}, unk_token="<unk>"))
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding()
-    tokenizer.save(str(inputs / "tokenizer.json"))
-    out = inputs / "other-tokenizer"
-    arguments = ["--pairs", inputs / "pairs.parquet", "--out", out, "--tokenizer", inputs / "tokenizer.json", *SMALL]
-    done = siamese(*arguments, "--epochs", 1)
-    assert done.returncode == 0, done.stderr
-    saved = read_json(out / "tokenizer.json")
-    assert saved["model"]["vocab"] == {"<unk>": 0, "river": 1, "boring": 2}
-    assert (saved["truncation"], saved["padding"]) == (None, None)
 
 
 ALL_IN_ONE_PROCESS = """
@@ -156,10 +143,11 @@ def test_what_is_broken_is_named_in_one_line(inputs, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-BATCHES = """
+PARTS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, siamese
+print(siamese.read_tokenizer(sys.argv[2]).to_str())
 pairs = [([5] * (row + 1), [6]) for row in range(5)]
 rows = pairs, np.arange(5), np.ones(5), 3
 for dataset in (siamese.make_ordered_batches(*rows), siamese.make_shuffled_batches(*rows, np.random.default_rng(1))):
@@ -168,10 +156,17 @@ for dataset in (siamese.make_ordered_batches(*rows), siamese.make_shuffled_batch
 """
 
 
-def test_every_batch_is_full_and_what_fills_it_up_weighs_nothing():
+def test_every_batch_is_full_and_a_tokenizer_from_a_file_neither_cuts_nor_pads(tmp_path):
     """Five rows in batches of three: Keras divides the loss by six rows, so that each of the five weighs 6/5."""
-    done = siamese(SCRIPT.parent, code=BATCHES)
-    first, second, shuffled = [json.loads(line) for line in done.stdout.splitlines()]
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "river": 1}, unk_token="<unk>"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    done = siamese(SCRIPT.parent, tmp_path / "tokenizer.json", code=PARTS)
+    assert done.returncode == 0, done.stderr
+    read, first, second, shuffled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (read["model"]["vocab"], read["truncation"], read["padding"]) == ({"<unk>": 0, "river": 1}, None, None)
     assert first[:3] == [[[5, 0, 0], [5, 5, 0], [5, 5, 5]], [[6, 0, 0]] * 3, [0, 1, 2]]
     assert second[:3] == [
         [[5, 5, 5, 5, 0], [5, 5, 5, 5, 5], [1, 0, 0, 0, 0]],

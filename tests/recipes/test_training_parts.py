@@ -24,47 +24,44 @@ from recipes.pairwise.config.model_checks import (
     read_config,
     warn_of_home_path,
 )
-from recipes.pairwise.config.schema import PairwiseBlock
-from recipes.pairwise.contract import new_contract, record_training
+from recipes.pairwise.contract import record_training
 from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.plugin import PairwisePlugin
 from recipes.pairwise.tracking import metrics
 from recipes.pairwise.training import cpu
 from recipes.pairwise.training.checkpoints import check_resume
-from recipes.pairwise.training.heads import ensure_head
 from recipes.pairwise.training.losses import soft_cross_entropy
 from recipes.pairwise.training.trainer import BeginEpoch, RowOrder, check_gradient
 from tests import tiny
-from tests.recipes.test_heads import ROWS, contract_of
+from tests.recipes.blocks import ROWS, TWO, block_of, contract_of
 
-TWO = ("model_a", "model_b")
 THREE = ("model_b", "tie", "model_a")
 
 
-def test_targets_follow_the_verdicts_and_two_of_them_share_a_tie():
-    frame = pl.DataFrame({"p_model_a": [1.0, 0.25], "p_model_b": [0.0, 0.25], "p_tie": [0.0, 0.5]})
+def test_targets_and_winners_follow_the_verdicts_and_two_of_them_share_a_tie():
+    shares = {"p_model_a": [1.0, 0.25], "p_model_b": [0.0, 0.25], "p_tie": [0.0, 0.5]}
+    frame = pl.DataFrame(shares | {"winner": ["model_a", "tie"]})
     assert datasets.targets(frame, TWO).tolist() == [[1.0, 0.0], [0.5, 0.5]]
     assert datasets.targets(frame, THREE).tolist() == [[0.0, 0.0, 1.0], [0.25, 0.5, 0.25]]
+    assert datasets.winners(frame, TWO).tolist() == [0, -1]
+    assert datasets.winners(frame, THREE).tolist() == [2, 1]
 
 
-def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
-    batch = PairCollator(None, "score", TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(ROWS)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 7, 6, 8], [9, 1, 1, 1], [8, 1, 1, 1]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 4, 1, 1]
-    assert batch["labels"].tolist() == [[[0.75, 0.25], [0.25, 0.75]], [[0.0, 1.0], [1.0, 0.0]]]
-    assert batch["weight"].tolist() == [2.0, 1.0]
+def test_a_random_order_has_its_own_labels_and_follows_from_the_seed_the_epoch_and_the_pair():
+    def draw(number: int, **settings) -> tuple[list, list]:
+        collator = PairCollator(None, "score", TWO, "random", pad_token_id=1, **settings)
+        batch = collator([ROWS[0] | {"id": f"row{number}"}])
+        return batch["input_ids"][0, :4].tolist(), batch["labels"][0, 0].tolist()
 
+    def draw_many(**settings) -> list:
+        return [draw(number, **settings) for number in range(100)]
 
-def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
-    as_given = PairCollator(None, "score", TWO, "as_given", pad_token_id=1)(ROWS)
-    assert as_given["labels"].tolist() == [[[0.75, 0.25]], [[0.0, 1.0]]]
-    random_order = PairCollator(None, "score", TWO, "random", pad_token_id=1)
-    drawn = set()
-    for random_order.epoch in range(20):
-        batch = random_order(ROWS)
-        drawn.add((tuple(batch["input_ids"][0, :4].tolist()), tuple(batch["labels"][0, 0].tolist())))
-    assert drawn == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
+    draws = draw_many()
+    assert 30 < draws.count(([5, 6, 7, 1], [0.75, 0.25])) < 70
+    assert draws.count(([5, 6, 7, 1], [0.75, 0.25])) + draws.count(([5, 7, 6, 8], [0.25, 0.75])) == 100
+    assert draws == draw_many()
+    assert draws not in (draw_many(seed=1), draw_many(epoch=1))
 
 
 def test_loss_is_the_weighted_soft_cross_entropy():
@@ -93,22 +90,15 @@ def test_the_swapped_order_is_swapped_back_before_it_is_averaged():
 
 
 def test_scores_are_those_worked_out_by_hand():
+    """Accuracy is against the winner, whatever the label says; -1 is no verdict of the model."""
     both = np.array([[[0.8, 0.2], [0.6, 0.4]], [[0.6, 0.4], [0.2, 0.8]], [[0.9, 0.1], [0.7, 0.3]]])
-    labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
+    labels = np.array([[0.4, 0.6], [1.0, 0.0], [0.5, 0.5]])
     found = metrics.scores(both, labels, np.array([0, 0, -1]))
     assert found["accuracy"] == 0.5
     assert found["accuracy_as_given"] == 1.0
     assert found["flip_rate"] == pytest.approx(1 / 3)
-    assert found["log_loss"] == pytest.approx(-(math.log(0.7) + math.log(0.4) + (math.log(0.8) + math.log(0.2)) / 2) / 3)
-
-
-def test_accuracy_is_against_the_winner_and_minus_one_is_no_verdict_of_the_model():
-    both = np.array([[[0.7, 0.3], [0.7, 0.3]], [[0.2, 0.8], [0.2, 0.8]]])
-    teacher = np.array([[0.3, 0.7], [0.6, 0.4]])
-    assert metrics.scores(both, teacher, np.array([0, 1]))["accuracy"] == 1.0
-    frame = pl.DataFrame({"winner": ["tie", "model_b", "model_a"]})
-    assert datasets.winners(frame, TWO).tolist() == [-1, 1, 0]
-    assert datasets.winners(frame, THREE).tolist() == [1, 0, 2]
+    first = 0.4 * math.log(0.7) + 0.6 * math.log(0.3)
+    assert found["log_loss"] == pytest.approx(-(first + math.log(0.4) + (math.log(0.8) + math.log(0.2)) / 2) / 3)
 
 
 def test_the_longer_response_is_counted_over_all_turns():
@@ -162,40 +152,26 @@ def test_pairs_that_are_absent_or_of_another_kind_are_named(tmp_path):
         datasets.read_pairs(tmp_path / "raw.parquet")
 
 
-@pytest.mark.parametrize("spoilt", [0.0, float("nan"), 1e30])
-def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
-    torch.manual_seed(0)
-    model = SimpleNamespace(score=torch.nn.Linear(64, 2, bias=False))
-    torch.nn.init.normal_(model.score.weight, std=0.02)
-    before = model.score.weight.detach().clone()
-    ensure_head(model)
-    assert torch.equal(model.score.weight, before)
-    torch.nn.init.constant_(model.score.weight, spoilt)
-    ensure_head(model)
-    assert 0.01 < model.score.weight.std().item() < 0.03
-
-
 def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp_path):
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
     frame = datasets.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
-    contract = contract_of(tokenizer)
-    rows = datasets.tokenise(frame, tokenizer, contract, tmp_path / "rows.arrow")
+    rows = datasets.tokenise(frame, tokenizer, contract_of(tokenizer), tmp_path / "rows.arrow")
     assert list(rows["weight"]) == [0.5, 1.5, 0.5, 1.5]
     assert rows["sequences"][0][0] != rows["sequences"][0][1]
     assert sorted(rows["sequences"][0][0]) == sorted(rows["sequences"][0][1])
 
 
 def test_only_the_first_process_reads_the_pairs_and_all_map_what_it_wrote_in_chunks(tiny_models, tmp_path, monkeypatch):
-    path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)
+    block = block_of(pairs=str(tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)))
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
     contract = contract_of(tokenizer)
 
-    whole = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "whole")
+    whole = datasets.datasets_of(block, tokenizer, contract, tmp_path / "whole")
     monkeypatch.setattr(datasets, "CHUNK_ROWS", 3)
-    first = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "chunks")
+    first = datasets.datasets_of(block, tokenizer, contract, tmp_path / "chunks")
     monkeypatch.setattr(datasets, "read_pairs", None)
-    second = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "chunks")
+    second = datasets.datasets_of(block, tokenizer, contract, tmp_path / "chunks")
 
     for first_rows, second_rows, whole_rows in zip(first, second, whole, strict=True):
         assert first_rows.to_list() == second_rows.to_list() == whole_rows.to_list()
@@ -206,35 +182,44 @@ def test_only_the_first_process_reads_the_pairs_and_all_map_what_it_wrote_in_chu
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "message"),
+    ("kind", "keys", "overrides", "message"),
     [
-        ("gemma2", {"budget_tokens": 4097}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
-        ("gemma2", {"overrides": {"attention_droput": 0.1}}, "attention_droput: unknown key; did you mean attention_dr"),
-        ("llama", {"softcap": True}, "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"),
+        (
+            "gemma2",
+            {"budget_tokens": 4097},
+            {},
+            "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it",
+        ),
+        ("gemma2", {}, {"attention_droput": 0.1}, "attention_droput: unknown key; did you mean attention_dr"),
+        (
+            "llama",
+            {"softcap": True},
+            {},
+            "pairwise.softcap: the base model has no soft cap of attention logits; remove the key",
+        ),
     ],
 )
-def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, changes, message, tiny_models):
-    allowed = {"budget_tokens": 4096, "overrides": {"attention_dropout": 0.1}, "softcap": False}
+def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, keys, overrides, message, tiny_models):
     config = read_config(str(tiny_models(kind)), None)
-    check_config(config, **allowed)
+    check_config(config, block_of(budget_tokens=4096), {"attention_dropout": 0.1})
     with pytest.raises(UserError, match=message):
-        check_config(config, **allowed | changes)
+        check_config(config, block_of(**keys), overrides)
 
 
-def test_a_layer_that_the_base_model_lacks_is_refused(tiny_models):
-    model = build_empty_model(read_config(str(tiny_models("gemma2")), None), "score")
-    check_layers(model, targets="all-linear", saved=["score"])
-    with pytest.raises(UserError, match="lora_target_modules: Gemma2.* has no layer gate_prj; did you mean gate_p"):
-        check_layers(model, targets=["gate_prj"], saved=None)
-    with pytest.raises(UserError, match="lora_modules_to_save: Gemma2.* has no layer embed_token; did you mean"):
-        check_layers(model, targets=["q_proj"], saved=["embed_token"])
-
-
-def test_a_causal_lm_has_another_head_than_a_classifier(tiny_models):
-    model = build_empty_model(read_config(str(tiny_models("llama")), None), "label_tokens")
-    check_layers(model, targets=["q_proj", "lm_head"], saved=None)
-    with pytest.raises(UserError, match="lora_modules_to_save: LlamaForCausalLM has no layer score"):
-        check_layers(model, targets=["q_proj"], saved=["score"])
+@pytest.mark.parametrize(
+    ("head", "layers", "message"),
+    [
+        ("score", {"targets": "all-linear", "saved": ["score"]}, None),
+        ("score", {"targets": ["gate_prj"], "saved": None}, "lora_target_modules: Llama.* has no layer gate_prj; did you"),
+        ("score", {"targets": None, "saved": ["embed_token"]}, "lora_modules_to_save: Llama.* no layer embed_token; did you"),
+        ("label_tokens", {"targets": ["q_proj", "lm_head"], "saved": None}, None),
+        ("label_tokens", {"targets": None, "saved": ["score"]}, "lora_modules_to_save: LlamaForCausalLM has no layer score"),
+    ],
+)
+def test_a_layer_that_the_base_model_lacks_is_refused(head, layers, message, tiny_models):
+    model = build_empty_model(read_config(str(tiny_models("llama")), None), head)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_layers(model, **layers)
 
 
 def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):
@@ -260,15 +245,14 @@ def test_a_base_model_that_cannot_be_read_is_one_line_that_says_how_to_get_it(na
 
 
 def test_a_template_of_another_family_is_refused(tiny_models):
-    block = PairwiseBlock(template="llama3", budget_tokens=128, package={"slug": "some-model"})
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
-    with pytest.raises(UserError, match=r"pairwise.template: llama3 writes <.begin_of_text.>, which is no token of google/gem"):
-        new_contract(block, tokenizer, attention="sdpa", base_model="google/gemma", revision=None, pad_token_id=0)
+    with pytest.raises(UserError, match=r"pairwise.template: llama3 writes <.begin_of_text.>, which is no token of m; name"):
+        contract_of(tokenizer, template="llama3")
 
 
 def test_a_run_resumes_only_from_its_own_checkpoints(tmp_path):
     pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 10)
-    block = PairwiseBlock(pairs=str(pairs), template="gemma", budget_tokens=128, package={"slug": "some-model"})
+    block = block_of(pairs=str(pairs))
     for step, files in ((5, ["trainer_state.json"]), (10, ["trainer_state.json"]), (15, [])):
         checkpoint = tmp_path / f"run/checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -284,16 +268,6 @@ def test_a_run_resumes_only_from_its_own_checkpoints(tmp_path):
     tiny.pairs_parquet(pairs, 10, seed=2)
     with pytest.raises(UserError, match="were trained with another content of pairwise.pairs; remove"):
         check_resume(cfg, block, {"learning_rate": 0.1})
-
-
-def test_random_orders_follow_from_the_seed_the_epoch_and_the_pair():
-    def swaps(seed: int = 0, epoch: int = 0, prefix: str = "row") -> list[bool]:
-        collator = PairCollator(None, "score", TWO, "random", pad_token_id=1, seed=seed, epoch=epoch)
-        return [collator.choose_orders(f"{prefix}{number}")[0] for number in range(100)]
-
-    assert swaps() == swaps()
-    assert 30 < sum(swaps()) < 70
-    assert swaps() not in (swaps(seed=1), swaps(epoch=1), swaps(prefix="other"))
 
 
 @pytest.mark.parametrize("sampler", [RandomSampler(range(60)), LengthGroupedSampler(4, lengths=list(range(60)))])

@@ -3,14 +3,13 @@
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 from datasets import Dataset
 
 from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
-from tests import forked
+from tests import forked, tiny
 from tests.recipes import comparable, two_processes
 
 pytestmark = pytest.mark.slow
@@ -20,16 +19,11 @@ pytestmark = pytest.mark.slow
 def one_process(tiny_models, tmp_path_factory):
     """The run folder of gemma2_cls's comparable twin, trained by one process without DeepSpeed."""
     folder = tmp_path_factory.mktemp("one")
-    ended = forked.axolotl("train", comparable.twin("gemma2_cls", folder, tiny_models("gemma2"), rows=205))
-    assert ended.code == 0, ended.output[-3000:]
+    forked.train(comparable.twin("gemma2_cls", folder, tiny_models("gemma2"), rows=205))
     return folder / "gemma2_cls"
 
 
-TRAININGS = [
-    (None, two_processes.launch),
-    ("zero2", two_processes.train),
-    ("zero3", two_processes.train),
-]
+TRAININGS = [(None, two_processes.launch), ("zero2", two_processes.train), ("zero3", two_processes.train)]
 
 
 @pytest.mark.parametrize(("stage", "train"), TRAININGS, ids=["DDP by torchrun", "ZeRO-2", "ZeRO-3"])
@@ -55,31 +49,25 @@ def test_two_processes_train_predict_and_package_what_one_does(stage, train, one
 
 # One step of plain gradient descent at a rate of 1: it moves each weight by its gradient.
 ONE_STEP = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "lr_scheduler": "constant", "max_steps": 1}
+ONE_STEP |= {"group_by_length": None, "warmup_ratio": None}
 
 
 def make_one_step(twin, block: dict, **batches: int) -> None:
     """Turn a twin of ten rows into one step over its eight training rows, two of which are six times as long."""
-    values = yaml.safe_load(twin.read_text()) | ONE_STEP | batches
-    for key in ("group_by_length", "warmup_ratio"):
-        del values[key]
-    values["pairwise"] |= block
-    twin.write_text(yaml.safe_dump(values))
-
-    pairs = pl.read_parquet(values["pairwise"]["pairs"])
+    tiny.change(twin, block, **ONE_STEP, **batches)
+    file = twin.parent / "pairs.parquet"
+    pairs = pl.read_parquet(file)
     long_prompt = pl.concat_list(pl.concat_str([pl.col("prompt").list.first()] * 6, separator=" "))
     is_long = pl.int_range(pl.len()).is_in([1, 2])
     prompt = pl.when(is_long).then(long_prompt).otherwise(pl.col("prompt"))
-    pairs.with_columns(prompt=prompt).write_parquet(values["pairwise"]["pairs"])
+    pairs.with_columns(prompt=prompt).write_parquet(file)
 
 
 @pytest.mark.parametrize("stage", [None, "zero2", "zero3"], ids=["DDP", "ZeRO-2", "ZeRO-3"])
 def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(stage, tiny_models, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
     single = comparable.twin("gemma2_cls", tmp_path / "one", tiny_models("gemma2"), rows=10)
     make_one_step(single, {}, micro_batch_size=8)
-    ended = forked.axolotl("train", single)
-    assert ended.code == 0, ended.output[-3000:]
+    forked.train(single)
 
     double = comparable.twin("gemma2_cls", tmp_path / "two", tiny_models("gemma2"), stage, processes=2, rows=10)
     make_one_step(double, {"tokens_per_micro_batch": 4096})

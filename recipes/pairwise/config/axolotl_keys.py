@@ -94,13 +94,7 @@ def axolotl_problems(values: dict) -> list[str]:
             problems += key_problems(key, value, plugins)
 
     # Keys that are right alone may contradict each other.
-    for find_problems in (
-        adapter_problems,
-        head_problems,
-        average_problems,
-        step_problems,
-        wandb_problems,
-    ):
+    for find_problems in (adapter_problems, head_problems, average_problems, wandb_problems):
         problems += find_problems(values)
 
     # Two checks may find the same problem. A dict keeps one of each, in their order.
@@ -140,10 +134,7 @@ def is_named(plugin: str, plugins: object) -> bool:
 
 
 def value_problems(key: str, value: object) -> Iterator[str]:
-    """Yield what is wrong with a key's value, by the part of recipe.schema.json that describes the key.
-
-    It may have another type than Axolotl's, be a number out of range, or hold an unknown key.
-    """
+    """Yield what is wrong with a key's value, by the part of recipe.schema.json that describes the key."""
     # JSON Schema takes infinity and NaN, which YAML writes as .inf and .nan, for numbers.
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key}: expected a number, found {value!r}"
@@ -248,6 +239,8 @@ def head_problems(values: dict) -> Iterator[str]:
 
     if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
         yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
+    if block.get("pairs_per_step") and values.get("gradient_accumulation_steps"):
+        yield "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two"
 
     # Without the soft cap, another model would be trained than the one that is packaged.
     attention = values.get("attn_implementation")
@@ -289,12 +282,6 @@ def average_problems(values: dict) -> Iterator[str]:
             yield f"pairwise.ema_decay: with {key} a process does not hold the weights that it averages; remove one of the two"
     if values.get("load_best_model_at_end"):
         yield "pairwise.ema_decay: the average would replace the best checkpoint; remove load_best_model_at_end, or ema_decay"
-
-
-def step_problems(values: dict) -> Iterator[str]:
-    """Yield that two keys decide how many pairs a step has."""
-    if block_of(values).get("pairs_per_step") and values.get("gradient_accumulation_steps"):
-        yield "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two"
 
 
 def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:

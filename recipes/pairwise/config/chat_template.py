@@ -10,7 +10,13 @@ from jinja2 import TemplateError
 
 from preprocess.core.errors import UserError
 from preprocess.model_input import Template
-from recipes.pairwise.config.templates import NAMES, Chat, build_template, named_template
+from recipes.pairwise.config.templates import (
+    NAMES,
+    Chat,
+    build_template,
+    named_template,
+    separate_texts,
+)
 
 # Texts that no template contains, and that none cuts or trims.
 TEXTS = ("FIRST-PROMPT", "FIRST-RESPONSE", "SECOND-PROMPT", "SECOND-RESPONSE")
@@ -56,22 +62,6 @@ def find_template_name(template: Template, head: str, verdicts: Sequence[str]) -
         if named_template(name, head, verdicts) == template:
             return name
     return None
-
-
-def separate_texts(begin: str, separator: str, head: str) -> Template:
-    """Build an encoder's template, in which a separator follows each text.
-
-    With the separator [SEP], a turn is "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]". A reward
-    model reads one response at a time: "{prompt}[SEP]{response}[SEP]".
-    """
-    places = ["{prompt}", "{response_a}", "{response_b}"]
-    if head == "reward":
-        places = ["{prompt}", "{response}"]
-
-    turn = ""
-    for place in places:
-        turn += place + separator
-    return Template(begin, turn, "")
 
 
 def derive_chat_template(tokenizer, head: str, verdicts: Sequence[str]) -> Template:

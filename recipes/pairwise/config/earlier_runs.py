@@ -22,25 +22,15 @@ ADAPTER_SETTINGS = {
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A run that another one goes on from.
+    """A run that another one goes on from."""
 
-    Attributes:
-        folder: The run's folder, with its contract.
-        head: Its head: score, label_tokens or reward.
-        verdicts: The verdicts that its outputs stand for, in their order.
-        base_model: The model that it was trained from.
-        first_base_model: The model that the first run of the chain was trained from.
-        first_revision: The hub's commit of that model; None for a folder.
-        contract_sha256: The hash by which the ledger knows the run.
-    """
-
-    folder: Path
+    folder: Path  # with its contract
     head: str
-    verdicts: tuple[str, ...]
-    base_model: str
-    first_base_model: str
-    first_revision: str | None
-    contract_sha256: str
+    verdicts: tuple[str, ...]  # that its outputs stand for, in their order
+    base_model: str  # that it was trained from
+    first_base_model: str  # that the first run of the chain was trained from
+    first_revision: str | None  # the hub's commit of that model; None for a folder
+    contract_sha256: str  # by which the ledger knows the run
 
     def describe(self) -> dict[str, str | None]:
         """Describe the run for the contract and the ledger of the run that goes on from it."""
@@ -54,23 +44,14 @@ class EarlierRun:
 
 @dataclass(frozen=True)
 class HeadStart:
-    """What a classification head starts as.
+    """What a classification head starts as."""
 
-    Attributes:
-        checkpoint_outputs: How many outputs the base model's head has; None where it has no head.
-        reason_for_new: Why the run begins with a new head; None where it keeps the base model's.
-    """
-
-    checkpoint_outputs: int | None
-    reason_for_new: str | None
+    checkpoint_outputs: int | None  # of the base model's head; None where it has no head
+    reason_for_new: str | None  # None where the run keeps the base model's head
 
 
 def find_earlier_run(base_model: str, adapter_folder: str | None) -> EarlierRun | None:
-    """Find the run of this project that made a base model or an adapter.
-
-    Args:
-        base_model: The recipe's base_model.
-        adapter_folder: The recipe's lora_model_dir, the folder of a run; None where it has none.
+    """Find the run of this project that made the recipe's base_model, or the adapter in its lora_model_dir.
 
     Returns:
         The run; None where no run made the base model, such as one from the hub.
@@ -185,9 +166,6 @@ def choose_head_start(
         block: The `pairwise:` block, whose head is score or reward.
         earlier: The run that made the base model or the adapter; None where no run of ours did.
         has_adapter: Whether the run goes on with an adapter, which holds a head of its own.
-
-    Returns:
-        How many outputs the base model's head has, and why it is not kept, if it is not.
     """
     # transformers' num_labels is 2 by default, so it says nothing of a model without a head.
     outputs = config.num_labels if has_classifier(config) else None

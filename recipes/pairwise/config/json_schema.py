@@ -99,10 +99,11 @@ def key_schema(annotation: object) -> dict:
             words += words_of_option
             continue
 
-        type_of_option = json_type(get_origin(option) or option)
-        if type_of_option is None:
+        kind = get_origin(option) or option
+        is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+        if not is_model and kind not in JSON_TYPES:
             return {}  # any value is allowed
-        types.add(type_of_option)
+        types.add("object" if is_model else JSON_TYPES[kind])
         if get_args(option) == (str,):
             items = {"items": {"type": "string"}}
 
@@ -131,12 +132,6 @@ def list_literals(option: object) -> list:
     return []
 
 
-def json_type(kind: object) -> str | None:
-    """Return JSON's name of a Python type; None of one that may be anything in JSON."""
-    is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
-    return "object" if is_model else JSON_TYPES.get(kind)
-
-
 def alternatives(annotation: object) -> list:
     """Return the members of a union, those of a union inside it included; of anything else itself."""
     if get_origin(annotation) is Annotated:
@@ -150,11 +145,8 @@ def alternatives(annotation: object) -> list:
 
 
 def axolotl_keys() -> dict[str, dict]:
-    """Return Axolotl's own keys, each with the JSON Schema of its values.
-
-    Axolotl passes the values of some keys on to other libraries unchecked. For these the schema is
-    stricter than Axolotl. This function imports Axolotl, which takes seconds.
-    """
+    """Return Axolotl's own keys, each with the JSON Schema of its values, which for some is stricter than Axolotl."""
+    # Importing Axolotl takes seconds.
     from axolotl.utils.schemas.config import AxolotlInputConfig, SpecialTokensConfig  # noqa: PLC0415
     from axolotl.utils.schemas.enums import CustomSupportedOptimizers  # noqa: PLC0415
     from transformers.trainer_utils import SaveStrategy, SchedulerType  # noqa: PLC0415
@@ -163,10 +155,7 @@ def axolotl_keys() -> dict[str, dict]:
     keys = model_keys(AxolotlInputConfig)
     for key, limits in NARROWER.items():
         # A list of words says all. Limits of a number are added to the type that Axolotl gives it.
-        if "enum" in limits:
-            keys[key] = limits
-        else:
-            keys[key] = keys[key] | limits
+        keys[key] = limits if "enum" in limits else keys[key] | limits
 
     # Axolotl takes any text for these, and fails after it has loaded the model.
     keys["lr_scheduler"] = list_words(SchedulerType, others=["one_cycle", "rex"])
@@ -231,10 +220,7 @@ def plugin_keys() -> dict[str, dict]:
 
 
 def find_plugins() -> dict[str, type]:
-    """Find the classes of Axolotl's plugins, by their names such as axolotl.integrations.liger.LigerPlugin.
-
-    Each package of axolotl.integrations has one or more of them.
-    """
+    """Find the classes of Axolotl's plugins, by their names such as axolotl.integrations.liger.LigerPlugin."""
     from axolotl import integrations  # noqa: PLC0415  see axolotl_keys
     from axolotl.integrations.base import BasePlugin  # noqa: PLC0415
 
@@ -254,10 +240,7 @@ def find_plugins() -> dict[str, type]:
 
 
 def recipe_schema() -> dict:
-    """Return the JSON Schema of a recipe.
-
-    An editor that reads it marks what `pairwise check` would refuse, as far as JSON Schema can say it.
-    """
+    """Return the JSON Schema of a recipe: what `pairwise check` would refuse, as far as JSON Schema can say it."""
     # Where a plugin and Axolotl have a key of the same name, Axolotl's, on the right, replaces it.
     properties = plugin_keys() | axolotl_keys()
 
@@ -290,18 +273,7 @@ def recipe_schema() -> dict:
 
 
 def text_of(schema: dict) -> str:
-    """Return a schema as JSON, so that a change in one key is a change in one line.
-
-    Each keyword has a line, but "properties" has one for all keys of an initial letter:
-
-        {
-         "type": "object",
-         "properties": {
-          "adapter": {…}, "attn_implementation": {…},
-          "base_model": {…}
-         }
-        }
-    """
+    """Return a schema as JSON, a line for each keyword; in "properties" a line for all keys of an initial letter."""
     lines = []
     for keyword, value in schema.items():
         text = text_of_properties(value) if keyword == "properties" else json.dumps(value)
@@ -310,7 +282,7 @@ def text_of(schema: dict) -> str:
 
 
 def text_of_properties(properties: dict) -> str:
-    """Return the properties of a schema as JSON, sorted, in a line for each initial letter; see text_of."""
+    """Return the properties of a schema as JSON, sorted, in a line for each initial letter."""
     keys_by_initial: dict[str, list[str]] = {}
     for name in sorted(properties):
         key_text = f"{json.dumps(name)}: {json.dumps(properties[name])}"
@@ -321,11 +293,7 @@ def text_of_properties(properties: dict) -> str:
 
 
 def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
-    """Write a schema to a file, or check that the file holds it.
-
-    Raises:
-        UserError: The file is to be checked, and is absent or holds something else.
-    """
+    """Write a schema to a file, or raise UserError where the file does not hold it."""
     text = text_of(schema)
     if not check:
         with atomic_file(path) as temporary:

@@ -13,16 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from preprocess.core.errors import UserError
 from preprocess.core.problems import nearest, unknown_key
-from recipes.pairwise.config.schema import HOW_TO_GET_IT
+from recipes.pairwise.config.schema import HOW_TO_GET_IT, PairwiseBlock
 from recipes.pairwise.config.served_models import why_not_served
 
 
 def read_config(base_model: str, revision: str | None):
-    """Read the configuration of a base model, as transformers' config object.
-
-    Args:
-        base_model: A folder, or a repository of the hub as OWNER/NAME.
-        revision: The repository's commit, branch or tag; None for main.
+    """Read the configuration of a base model, a folder or OWNER/NAME on the hub, as transformers' config object.
 
     Raises:
         UserError: There is no such model, or transformers cannot read its configuration.
@@ -71,16 +67,8 @@ def warn_of_unserved_model(model_type: str, head: str) -> None:
         print(f"warning: base_model: {reason}; it cannot be packaged", file=sys.stderr, flush=True)
 
 
-def check_config(
-    config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool
-) -> None:
-    """Check that a base model has what a recipe asks of it.
-
-    Args:
-        config: The base model's configuration.
-        budget_tokens: Tokens of a sequence, for which there must be positions.
-        overrides: The recipe's model_config: settings that replace those of the configuration.
-        softcap: Whether the recipe asks for a soft cap of attention logits.
+def check_config(config, block: PairwiseBlock, overrides: Mapping[str, object]) -> None:
+    """Check that a base model has what a recipe asks of it; `overrides` is the recipe's model_config.
 
     Raises:
         UserError: It has too few positions, no such setting, or no soft cap.
@@ -88,9 +76,9 @@ def check_config(
     # A model that also reads images keeps the settings of its language model apart.
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and budget_tokens > positions:
+    if positions and block.budget_tokens > positions:
         raise UserError(
-            f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it"
+            f"pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} positions; lower it"
         )
 
     # transformers takes an unknown key as well, and nothing reads it.
@@ -99,7 +87,7 @@ def check_config(
         if key not in config_keys:
             raise UserError(f"model_config.{key}: {unknown_key(key, config_keys)}")
 
-    if softcap and not getattr(text_config, "attn_logit_softcapping", None):
+    if block.softcap and not getattr(text_config, "attn_logit_softcapping", None):
         raise UserError(
             "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"
         )
@@ -183,12 +171,6 @@ def check_vocabulary(
     Axolotl has added the recipe's tokens to the tokenizer. One that was new got the next free id, and
     the model has no embedding for it. With an embedding of 100 rows, the ids 0 to 99 are known to the
     model, and a new token has the id 100.
-
-    Args:
-        special_tokens: The recipe's special_tokens, such as {"pad_token": "<pad>"}.
-        tokenizer: The base model's tokenizer, with the recipe's tokens added.
-        base_model: The base model's name, for the message.
-        vocabulary_size: Rows of the base model's embedding.
 
     Raises:
         UserError: A token has no row in the embedding.

@@ -9,28 +9,19 @@ RECIPES = Path(__file__).parents[2]
 
 
 def find_recipe(name: str) -> Path:
-    """Find a recipe.
-
-    Args:
-        name: A path that ends in .yml or .yaml, or the name of a file in recipes/ without its ending.
-
-    Returns:
-        The recipe's path. For a name, it is relative to the current folder where that is possible,
-        since recipes name their files relative to it too.
+    """Find a recipe by a path that ends in .yml or .yaml, or by the name of a file in recipes/ without its ending.
 
     Raises:
         UserError: There is no such file.
     """
-    # A path is taken as it is; a name means a file of recipes/.
-    if name.endswith((".yml", ".yaml")):
-        path = Path(name)
-    else:
+    path = Path(name)
+    if not name.endswith((".yml", ".yaml")):
         path = RECIPES / f"{name}.yml"
-
     if not path.is_file():
         names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yml")))
         raise UserError(f"{name}: no such recipe; there are {names}, or give a file")
 
+    # Recipes name their files relative to the current folder too.
     if path.is_relative_to(Path.cwd()):
         return path.relative_to(Path.cwd())
     return path

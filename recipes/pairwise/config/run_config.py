@@ -80,11 +80,7 @@ def list_key_problems(cfg: dict, recipe: Path) -> list[str]:
     """
     # Without the file, only the keys that are always refused can be told from Axolotl's own.
     if not recipe.is_file():
-        problems = []
-        for key, reason in REFUSED.items():
-            if cfg.get(key):
-                problems.append(f"{key}: refused, {reason}")
-        return problems
+        return [f"{key}: refused, {reason}" for key, reason in REFUSED.items() if cfg.get(key)]
 
     # The command line may have replaced a value of the file, as `axolotl train RECIPE --base-model X`
     # does. `cfg` holds what counts.
@@ -108,9 +104,7 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
 
     # Axolotl has two names for this key, and may have replaced the first by the second.
     overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
-    check_config(
-        model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap
-    )
+    check_config(model_config, block, overrides)
     model = build_empty_model(model_config, block.head)
     check_layers(
         model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save")
@@ -149,11 +143,7 @@ def check_tokenizer(cfg, tokenizer, model_config) -> None:
 
 
 def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart) -> None:
-    """Set the keys that follow from the base model.
-
-    These are attn_implementation, num_labels (the outputs of its head) and lora_modules_to_save (the
-    modules that are trained whole and saved beside LoRA's matrices).
-    """
+    """Set the keys that follow from the base model: attn_implementation, num_labels and lora_modules_to_save."""
     # SDPA, the faster one, ignores a soft cap, and some models of transformers do not support it.
     if not cfg.get("attn_implementation"):
         needs_eager = block.softcap or not model._supports_sdpa

@@ -4,7 +4,6 @@ Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answ
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
@@ -36,53 +34,40 @@ HOW_TO_GET_IT = "accept its licence on the hub and `hf auth login`, or download 
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
-# Blocks of a recipe. The descriptions go into recipe.schema.json, which editors show.
+# Blocks of a recipe. What stands below a key goes into recipe.schema.json, which editors show.
 class TemplateBlock(_Strict):
     """A template spelled out in a recipe; see preprocess.model_input.Template."""
 
-    start: str = Field(description="what stands before a conversation")
-    turn: str = Field(
-        description="a turn, with {prompt}, {response_a} and {response_b} in place; for reward {prompt} and {response}"
-    )
-    end: str = Field(description="what stands after the last turn, where a verdict is read")
+    start: str
+    """what stands before a conversation"""
+    turn: str
+    """a turn, with {prompt}, {response_a} and {response_b} in place; for reward {prompt} and {response}"""
+    end: str
+    """what stands after the last turn, where a verdict is read"""
 
 
 class PackageBlock(_Strict):
     """How `python -m postprocess` turns the run into a Kaggle dataset."""
 
-    quantize: Literal["none", "nf4", "int8", "gptq4", "gptq8"] = Field(
-        "none",
-        description="nf4 (4 bits), int8 (8 bits), gptq4 and gptq8 (calibrated on training pairs; decoders only), or none: "
-        "float16. The head is never quantised",
-    )
-    adapter: Literal["merged", "unmerged", "best"] = Field(
-        "merged",
-        description="what is packaged of a LoRA run: base and adapter merged; both as they are, the base in nf4; or whichever "
-        "of the two agrees better with training",
-    )
-    tolerance: float = Field(
-        0.05, gt=0, le=1, description="largest mean difference in probability that is let through"
-    )
-    tolerance_log_loss: float = Field(
-        0.01,
-        gt=0,
-        description="largest log loss that packaging may add, by the upper end of the 95 % interval",
-    )
-    tolerance_verdicts: float = Field(
-        0.05, gt=0, le=1, description="largest share of verdicts that packaging may change"
-    )
-    slug: str = Field(
-        pattern=SLUG,
-        min_length=6,
-        max_length=50,
-        description="the Kaggle dataset's slug, 6 to 50 characters",
-    )
-    licence: str = Field(
-        "apache-2.0", min_length=1, description="Kaggle's name of the weights' licence"
-    )
+    quantize: Literal["none", "nf4", "int8", "gptq4", "gptq8"] = "none"
+    """4 bits (nf4), 8 bits (int8), 4 or 8 calibrated on training pairs (gptq, decoders only), float16 (none); not the head"""
+    adapter: Literal["merged", "unmerged", "best"] = "merged"
+    """of a LoRA run: base and adapter merged; both apart, the base in nf4; or the one that agrees better with training"""
+    tolerance: float = Field(0.05, gt=0, le=1)
+    """largest mean difference in probability that is let through"""
+    tolerance_log_loss: float = Field(0.01, gt=0)
+    """largest log loss that packaging may add, by the upper end of the 95 % interval"""
+    tolerance_verdicts: float = Field(0.05, gt=0, le=1)
+    """largest share of verdicts that packaging may change"""
+    slug: str = Field(pattern=SLUG, min_length=6, max_length=50)
+    """the Kaggle dataset's slug, 6 to 50 characters"""
+    licence: str = Field("apache-2.0", min_length=1)
+    """Kaggle's name of the weights' licence"""
 
     @model_validator(mode="after")
     def _an_adapter_stays_apart_only_on_nf4(self):
@@ -97,22 +82,15 @@ class DistillBlock(_Strict):
     """How a student learns from teachers: see docs/distillation.md."""
 
     teachers: dict[str, PositiveFloat] = Field(
-        min_length=1,
-        description="runs whose labels.parquet is read, by name below outputs/ or by path: a list, or a map to their weights",
-        json_schema_extra={"type": ["object", "array"], "items": {"type": "string"}},
+        min_length=1, json_schema_extra={"type": ["object", "array"], "items": {"type": "string"}}
     )
-    weight: float = Field(
-        0.9, gt=0, le=1, description="of the teachers' part of the loss against that of the votes"
-    )
-    temperature: float = Field(
-        5.0,
-        gt=0,
-        le=20,
-        description="softens teachers and student in the teachers' part of the loss",
-    )
-    pool: bool = Field(
-        False, description="also train on the pairs file's pool rows, by the teachers' labels alone"
-    )
+    """runs whose labels.parquet is read, by name below outputs/ or by path: a list, or a map to their weights"""
+    weight: float = Field(0.9, gt=0, le=1)
+    """of the teachers' part of the loss against that of the votes"""
+    temperature: float = Field(5.0, gt=0, le=20)
+    """softens teachers and student in the teachers' part of the loss"""
+    pool: bool = False
+    """also train on the pairs file's pool rows, by the teachers' labels alone"""
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -128,99 +106,68 @@ class DistillBlock(_Strict):
 class HardwareBlock(_Strict):
     """The GPUs that a recipe is for; `pairwise check` refuses what they cannot hold."""
 
-    gpus: PositiveInt = Field(description="how many GPUs train")
-    gib: PositiveFloat = Field(strict=False, description="memory of each GPU in GiB")
+    gpus: PositiveInt
+    """how many GPUs train"""
+    gib: PositiveFloat = Field(strict=False)
+    """memory of each GPU in GiB"""
 
 
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
     # What is trained on, and what the model answers.
-    pairs: str = Field(
-        "data/pairs.parquet",
-        min_length=1,
-        description="what to train on; PAIRWISE_PAIRS=FILE overrides it",
-    )
-    fold: NonNegativeInt | Literal["all"] = Field(
-        0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it"
-    )
+    pairs: str = Field("data/pairs.parquet", min_length=1)
+    """what to train on; PAIRWISE_PAIRS=FILE overrides it"""
+    fold: NonNegativeInt | Literal["all"] = 0
+    """the fold to hold out, or all; PAIRWISE_FOLD overrides it"""
     verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = Field(
-        ("model_a", "model_b"),
-        strict=False,
-        description="the order of the logits: two verdicts, or three with tie",
-        json_schema_extra={"minItems": 2, "uniqueItems": True},
+        ("model_a", "model_b"), strict=False, json_schema_extra={"minItems": 2, "uniqueItems": True}
     )
-    head: Literal["score", "label_tokens", "reward"] = Field(
-        "score",
-        description="score: a classification head on prompt and both answers; label_tokens: the answer tokens of a causal LM; "
-        "reward: one number for each answer alone (Bradley-Terry)",
-    )
-    train: bool = Field(
-        True, description="false: the base model is packaged as it is by python -m postprocess"
-    )
+    """the order of the logits: two verdicts, or three with tie"""
+    head: Literal["score", "label_tokens", "reward"] = "score"
+    """score: a classification head; label_tokens: a causal LM's answer tokens; reward: one number for each answer alone"""
+    train: bool = True
+    """false: the base model is packaged as it is by python -m postprocess"""
 
     # How a pair becomes a sequence.
-    template: TemplateName | TemplateBlock = Field(
-        description="gemma, llama3, chatml, phi4 or bert; or start, turn and end spelled out"
-    )
-    budget_tokens: int = Field(ge=64, description="tokens of a sequence, template included")
-    truncation: Literal["left", "right", "middle"] = Field(
-        "middle", description="where a text that is too long is cut"
-    )
-    orders: Literal["as_given", "random", "both"] = Field(
-        "both", description="the orders of a pair in training; both stand in one micro-batch"
-    )
+    template: TemplateName | TemplateBlock
+    """gemma, llama3, chatml, phi4 or bert; or start, turn and end spelled out"""
+    budget_tokens: int = Field(ge=64)
+    """tokens of a sequence, template included"""
+    truncation: Literal["left", "right", "middle"] = "middle"
+    """where a text that is too long is cut"""
+    orders: Literal["as_given", "random", "both"] = "both"
+    """the orders of a pair in training; both stand in one micro-batch"""
 
     # What makes up a step.
-    hardware: HardwareBlock | None = Field(
-        None, description="the GPUs that the recipe is for: {gpus: 8, gib: 80}"
-    )
-    pairs_per_step: PositiveInt | None = Field(
-        None,
-        description="pairs of a step over all GPUs: gradient_accumulation_steps follows from it, for any number of GPUs",
-    )
+    hardware: HardwareBlock | None = None
+    """the GPUs that the recipe is for: {gpus: 8, gib: 80}"""
+    pairs_per_step: PositiveInt | None = None
+    """pairs of a step over all GPUs: gradient_accumulation_steps follows from it, for any number of GPUs"""
 
     # What is learnt from beside the votes.
-    distill: DistillBlock | None = Field(None, description="learn from the labels of teachers too")
-    tokens_per_micro_batch: int | None = Field(
-        None,
-        ge=64,
-        description="the most tokens of a micro-batch, padding included: its pairs vary with their lengths, and "
-        "micro_batch_size is their mean; pairs of a step stay the same",
-    )
-    padding_free: bool = Field(
-        False,
-        description="no padding: the sequences of a micro-batch stand in one row, and none sees another",
-    )
+    distill: DistillBlock | None = None
+    """learn from the labels of teachers too"""
+    tokens_per_micro_batch: int | None = Field(None, ge=64)
+    """the most tokens of a micro-batch, padding included: its pairs vary, and micro_batch_size is their mean"""
+    padding_free: bool = False
+    """no padding: the sequences of a micro-batch stand in one row, and none sees another"""
 
     # What changes the loss, and the weights that the run ends with.
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution"
-    )
-    focal_gamma: float = Field(
-        0.0, ge=0, le=10, description="focal loss: verdicts that the model is sure of count less"
-    )
-    r_drop: float = Field(
-        0.0,
-        ge=0,
-        le=100,
-        description="weight of R-Drop: two passes of a pair, with other dropout, must agree",
-    )
-    ema_decay: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="the run's weights are a moving average over its steps, e.g. 0.999",
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """mixes the labels with the uniform distribution"""
+    focal_gamma: float = Field(0.0, ge=0, le=10)
+    """focal loss: verdicts that the model is sure of count less"""
+    r_drop: float = Field(0.0, ge=0, le=100)
+    """weight of R-Drop: two passes of a pair, with other dropout, must agree"""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """the run's weights are a moving average over its steps, e.g. 0.999"""
 
     # What the packaged model has to have too.
-    softcap: bool = Field(
-        False,
-        description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2",
-    )
-    package: PackageBlock = Field(
-        description="slug of the Kaggle dataset, and how the model is quantised"
-    )
+    softcap: bool = False
+    """Gemma-2's soft cap of attention logits; needs eager or flash_attention_2"""
+    package: PackageBlock
+    """slug of the Kaggle dataset, and how the model is quantised"""
 
     @field_validator("fold", mode="before")
     @classmethod
@@ -380,22 +327,24 @@ def pairwise_problems(block: object) -> list[str]:
 def explain(problem: dict) -> str:
     """Turn one of pydantic's errors into a line for the user.
 
-    An example of each of the four kinds, in the order of the code below:
+    There are four kinds, in the order of the code below:
 
         pairwise.hed: unknown key; did you mean head?
         pairwise.package.slug: missing; add it: the Kaggle dataset's slug, 6 to 50 characters
         pairwise.package.adapter: unmerged needs quantize: nf4, found quantize: int8
         pairwise.budget_tokens: expected a number of at least 64, found 1
 
-    Args:
-        problem: `loc` is the path to the value, such as ("package", "slug"), `type` names the mistake,
-            `input` is what the recipe has there, and `msg` is pydantic's own text.
+    Of the error, `loc` is the path to the value, such as ("package", "slug"), and `input` what the recipe has there.
     """
     # A template may be a name or a block. If it is a block, pydantic puts that class's name into the path.
     path = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *path])
 
-    known_fields = fields_beside(path)
+    # Beside the key stand those of the block inside, or of the whole block.
+    known_fields = PairwiseBlock.model_fields
+    if len(path) > 1 and path[0] in INNER_BLOCKS:
+        known_fields = INNER_BLOCKS[path[0]].model_fields
+
     if problem["type"] == "extra_forbidden":
         return f"{key}: {unknown_key(path[-1], known_fields)}"
     if problem["type"] == "missing":
@@ -412,27 +361,13 @@ def explain(problem: dict) -> str:
     return f"{key}: {in_words(problem, PATTERNS)}"
 
 
-def fields_beside(path: Sequence[str]) -> dict[str, FieldInfo]:
-    """Return the fields that could stand at a path: those of the block inside, or of the whole block."""
-    is_inside_block = len(path) > 1
-    if is_inside_block and path[0] in INNER_BLOCKS:
-        return INNER_BLOCKS[path[0]].model_fields
-    return PairwiseBlock.model_fields
-
-
 def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
     """Return the block with what the environment changes in it."""
     return block.model_copy(update=read_environment())
 
 
 def read_environment() -> dict[str, object]:
-    """Read which keys of the `pairwise` block the environment changes.
-
-    PAIRWISE_FOLD is a fold's number or all, PAIRWISE_PAIRS a file.
-
-    Raises:
-        UserError: PAIRWISE_FOLD is neither.
-    """
+    """Read which keys of the `pairwise` block the environment changes: PAIRWISE_FOLD and PAIRWISE_PAIRS."""
     changes: dict[str, object] = {}
     fold = os.environ.get("PAIRWISE_FOLD")
     if fold == "all":
@@ -450,11 +385,7 @@ def read_environment() -> dict[str, object]:
 
 
 def run_folder(output_dir: str | None, recipe: Path) -> Path:
-    """Return the folder that a run writes to.
-
-    It is the recipe's output_dir, by default outputs/NAME for recipes/NAME.yml. Where PAIRWISE_FOLD is a
-    number, say 2, it is fold-2 below that.
-    """
+    """Return the folder of a run: output_dir, by default outputs/NAME, or below it fold-2 with PAIRWISE_FOLD=2."""
     folder = Path(output_dir) if output_dir else Path("outputs") / recipe.stem
     fold = os.environ.get("PAIRWISE_FOLD", "")
     if fold.isdecimal():

@@ -9,11 +9,8 @@ from preprocess.model_input import Template
 TemplateName = Literal["gemma", "llama3", "chatml", "phi4", "bert"]  # what a recipe may name
 SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
 QUESTION = "Which response would a person prefer, A or B?"
-LABELS = {
-    "model_a": "A",
-    "model_b": "B",
-    "tie": "C",
-}  # label_tokens: the answer that stands for each verdict
+# label_tokens: the answer that stands for each verdict
+LABELS = {"model_a": "A", "model_b": "B", "tie": "C"}
 ANSWERS = {2: " Answer with A or B.", 3: " Answer with A, with B, or with C if neither."}
 
 
@@ -48,12 +45,18 @@ NAMES = get_args(TemplateName)
 
 def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:
     """The template `name` for a head: both answers under headings and a question, or for reward the conversation itself."""
-    # An encoder has separators, and no turns.
     if name == "bert":
-        if head == "reward":
-            return Template("[CLS]", "{prompt}[SEP]{response}[SEP]", "")
-        return Template("[CLS]", "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]", "")
+        return separate_texts("[CLS]", "[SEP]", head)
     return build_template(CHATS[name], head, verdicts)
+
+
+def separate_texts(begin: str, separator: str, head: str) -> Template:
+    """Build an encoder's template, which has no turns: a separator follows each text."""
+    # A reward model reads one response at a time.
+    turn = f"{{prompt}}{separator}{{response_a}}{separator}{{response_b}}{separator}"
+    if head == "reward":
+        turn = f"{{prompt}}{separator}{{response}}{separator}"
+    return Template(begin, turn, "")
 
 
 def build_template(chat: Chat, head: str, verdicts: Sequence[str]) -> Template:

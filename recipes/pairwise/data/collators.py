@@ -22,26 +22,19 @@ class PairCollator:
 
     Padding stands on the right. For label_tokens, whose answer is read at the last place, it stands
     on the left, and the batch holds position_ids as well. A padding-free batch has one row, see `join`.
-
-    Attributes:
-        tokenizer: Passed by Axolotl, as are `padding` and `return_tensors`; not used.
-        orders: as_given, random (one of the two for each pair) or both.
-        padding_free: Whether the sequences stand end to end in one row.
-        seed: The run's seed, which decides the random orders.
-        epoch: The number of the epoch, from 0, with which they change; set by BeginEpoch.
     """
 
-    tokenizer: object
+    tokenizer: object  # passed by Axolotl, as are padding and return_tensors; not used
     head: str
     verdicts: tuple[str, ...]
-    orders: str
+    orders: str  # as_given, random (one of the two for each pair) or both
     pad_token_id: int
     pad_to_multiple_of: int = PADDED_TO_MULTIPLE_OF
     padding_free: bool = False
     padding: bool = True
     return_tensors: str = "pt"
-    seed: int = 0
-    epoch: int = 0
+    seed: int = 0  # the run's, which decides the random orders
+    epoch: int = 0  # with which they change; set by BeginEpoch
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Make a batch of rows of the dataset, whose columns are datasets.FEATURES."""
@@ -102,11 +95,7 @@ class PairCollator:
         return [swapped if is_swapped else as_given for is_swapped in swaps]
 
     def order_verdicts(self, probabilities: list[float], swaps: list[bool]) -> list[list[float]]:
-        """Return a pair's probabilities in each of these orders.
-
-        A swap exchanges those of A and B: of 0.7 for A, 0.2 for B and 0.1 for a tie it makes 0.2, 0.7
-        and 0.1.
-        """
+        """Return a pair's probabilities in each of these orders: a swap exchanges those of A and B."""
         probabilities_ov = []
         for is_swapped in swaps:
             if is_swapped:
@@ -116,12 +105,7 @@ class PairCollator:
         return probabilities_ov
 
     def pad(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Pad sequences to a common length, a multiple of pad_to_multiple_of.
-
-        Returns:
-            input_ids and attention_mask, and for label_tokens position_ids, all of shape
-            (sequences, tokens).
-        """
+        """Pad sequences to a common length, a multiple of pad_to_multiple_of."""
         longest = max(len(ids) for ids in sequences)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch_shape = (len(sequences), width)

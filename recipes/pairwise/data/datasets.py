@@ -15,7 +15,7 @@ from tqdm import tqdm
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, sha256
 from preprocess.model_input import Contract, encode_all, pair_from_row, swap
-from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.teacher_labels import hash_labels, read_teachers
 
 # What a run reads of a pairs.parquet; role and group may be absent in files of an earlier version.
@@ -39,30 +39,19 @@ VALIDATION_FOLDER = "validation"
 FEATURES = Features(
     {
         "id": Value("string"),
-        # The token ids of the pair in both orders, or of both responses, see encode_rows.
-        "sequences": List(List(Value("int32"))),
-        # The shares of the human votes for each verdict, in the order as given.
-        "labels": List(Value("float32")),
-        # The place of the winner among the verdicts.
-        "winner": Value("int8"),
-        # The teachers' probabilities; empty without teachers.
-        "teacher": List(Value("float32")),
-        # How much the pair counts in the loss; 1 on average.
-        "weight": Value("float32"),
-        # Tokens of the longer sequence.
-        "length": Value("int32"),
-        # Tokens of both sequences.
-        "tokens": Value("int32"),
+        "sequences": List(List(Value("int32"))),  # token ids, see encode_rows
+        "labels": List(Value("float32")),  # shares of the human votes, in the order as given
+        "winner": Value("int8"),  # its place among the verdicts
+        "teacher": List(Value("float32")),  # the teachers' probabilities; empty without teachers
+        "weight": Value("float32"),  # how much the pair counts in the loss; 1 on average
+        "length": Value("int32"),  # tokens of the longer sequence
+        "tokens": Value("int32"),  # tokens of both sequences
     }
 )
 
 
 def read_pairs(path: Path | str) -> pl.DataFrame:
-    """Read a pairs.parquet. In a file without roles, every row is a training row.
-
-    Raises:
-        UserError: It is absent or damaged, or lacks a column.
-    """
+    """Read a pairs.parquet. In a file without roles, every row is a training row."""
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -102,9 +91,9 @@ def split(
     whatever its role: its prompt may be like that of a validation row.
 
     Args:
-        frame: The rows of a pairs.parquet, as read_pairs gives them.
-        fold: The number of the fold to hold out; "all" trains on every row, and validates on a
-            sample of them that is the same whatever the order of the rows.
+        frame: As read_pairs gives it.
+        fold: The fold to hold out; "all" trains on every row, and validates on a sample of them that is
+            the same whatever the order of the rows.
         path: The file, for the message.
         with_pool: Also train on the rows of the pool, which have no votes.
 
@@ -156,11 +145,7 @@ def list_folds(frame: pl.DataFrame) -> list[int]:
 
 
 def _order_by_hash(ids: pl.Series) -> pl.Series:
-    """Return the row numbers in the order of the hashes of their ids.
-
-    The order looks random, but it depends on nothing except the ids: its first rows are the same
-    sample, in whatever order the file holds them.
-    """
+    """Return the row numbers in the order of the hashes of their ids, whatever order the file has them in."""
 
     def hash_id(row_id: str) -> str:
         return hashlib.sha256(row_id.encode()).hexdigest()
@@ -171,11 +156,7 @@ def _order_by_hash(ids: pl.Series) -> pl.Series:
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """Return what the model is to predict for each row: the shares of the human votes.
 
-    Votes of 0.5 for A, 0.3 for B and 0.2 for a tie are 0.6 and 0.4 to a model of two verdicts.
-
-    Args:
-        frame: The rows of a pairs.parquet.
-        verdicts: The model's verdicts. Where tie is none of them, half of a tie goes to each side.
+    Votes of 0.5 for A, 0.3 for B and 0.2 for a tie are 0.6 and 0.4 to a model without the verdict tie.
 
     Returns:
         Probabilities, float32 of shape (rows, verdicts). A pool row, which has no votes, has zeros.
@@ -211,11 +192,7 @@ def tokenise(
     file: Path,
     teacher_rv: np.ndarray | None = None,
 ) -> Dataset:
-    """Tokenise pairs into an Arrow file of one row a pair, with the columns of FEATURES.
-
-    Returns:
-        The file's rows, which are mapped into memory.
-    """
+    """Tokenise pairs into an Arrow file with the columns of FEATURES, and map its rows into memory."""
     # Without teachers, the list of their probabilities is empty in each row.
     if teacher_rv is None:
         teacher_rv = np.zeros((len(frame), 0), np.float32)
@@ -272,12 +249,7 @@ def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list
 
 
 def datasets_of(
-    pairs: Path,
-    fold: int | str,
-    tokenizer,
-    contract: Contract,
-    cache: Path,
-    distill: DistillBlock | None = None,
+    block: PairwiseBlock, tokenizer, contract: Contract, cache: Path
 ) -> tuple[Dataset, Dataset]:
     """Return the training and validation datasets of a run, tokenised once.
 
@@ -287,11 +259,11 @@ def datasets_of(
     Returns:
         The training rows and the validation rows, with the columns of FEATURES.
     """
-    folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
+    folder = cache / _cache_name(block, tokenizer, contract)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
         if not folder.exists():
-            _write_cache(folder, pairs, fold, tokenizer, contract, distill)
+            _write_cache(folder, block, tokenizer, contract)
 
     # Both are mapped into memory, not read into it: the processes of a machine share one copy.
     training_set = Dataset.from_file(str(folder / TRAINING_FILE))
@@ -299,20 +271,14 @@ def datasets_of(
     return training_set, validation_set
 
 
-def _write_cache(
-    folder: Path,
-    pairs: Path,
-    fold: int | str,
-    tokenizer,
-    contract: Contract,
-    distill: DistillBlock | None,
-) -> None:
+def _write_cache(folder: Path, block: PairwiseBlock, tokenizer, contract: Contract) -> None:
     """Tokenise the training and validation rows of a run into a folder; see datasets_of."""
-    with_pool = distill is not None and distill.pool
-    train_pairs, validation_pairs = split(read_pairs(pairs), fold, pairs, with_pool)
+    pairs = Path(block.pairs)
+    with_pool = block.distill is not None and block.distill.pool
+    train_pairs, validation_pairs = split(read_pairs(pairs), block.fold, pairs, with_pool)
     teacher_rv = None
-    if distill is not None:
-        teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
+    if block.distill is not None:
+        teacher_rv = read_teachers(block.distill, train_pairs, pairs, contract.verdicts)
 
     with atomic_folder(folder) as temporary:
         tokenise(train_pairs, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
@@ -322,10 +288,7 @@ def _write_cache(
 def _tokenise_longest_first(
     validation: pl.DataFrame, tokenizer, contract: Contract, folder: Path
 ) -> None:
-    """Tokenise the validation rows into a folder, the longest first.
-
-    The first batch is then the one that needs most memory: if it does not fit, the run fails at once.
-    """
+    """Tokenise the validation rows into a folder, the longest first: what does not fit into memory fails at once."""
     unsorted_file = folder / "validation.arrow"
     rows = tokenise(validation, tokenizer, contract, unsorted_file)
 
@@ -337,14 +300,8 @@ def _tokenise_longest_first(
     unsorted_file.unlink()
 
 
-def _cache_name(
-    pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
-) -> str:
-    """Name the folder of tokenised rows by a hash of all that decides what they are.
-
-    A run with another file, fold, tokenizer or setting gets another name, so that it never reads rows
-    that do not belong to it.
-    """
+def _cache_name(block: PairwiseBlock, tokenizer, contract: Contract) -> str:
+    """Name the folder of tokenised rows by a hash of all that decides what they are."""
     # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):
@@ -356,9 +313,9 @@ def _cache_name(
 
     # The files and columns that this code writes. A later version may write others.
     layout = [TRAINING_FILE, list(FEATURES)]
-    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, layout]
-    if distill is not None:
-        inputs += [distill.teachers, distill.pool, hash_labels(distill)]
+    inputs = [sha256(block.pairs), block.fold, settings, tokenizer_sha256, layout]
+    if block.distill is not None:
+        inputs += [block.distill.teachers, block.distill.pool, hash_labels(block.distill)]
 
     inputs_json = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(inputs_json.encode()).hexdigest()[:CACHE_NAME_LENGTH]

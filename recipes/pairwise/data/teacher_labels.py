@@ -133,11 +133,6 @@ def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) ->
 
     A teacher is trained once for each fold, and each of these runs holds out its own fold. So a row of
     fold 2 may be labelled only by the run that held out fold 2.
-
-    Args:
-        labels: Labels with the columns id, role, fold and runs, the names of the runs that gave them.
-        runs: What labels.json says of each run; its `fold` is the one that it held out.
-        file: The file of labels, for the message.
     """
     held_out_fold = {run: run_record["fold"] for run, run_record in runs.items()}
 

@@ -8,6 +8,7 @@ micro-batch from each band for each process. So all steps have the same mix of l
 and at each turn all processes hold rows of about the same length.
 """
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,19 +22,12 @@ from recipes.pairwise.data.collators import PADDED_TO_MULTIPLE_OF
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one optimizer step holds.
+    """What one optimizer step holds."""
 
-    Attributes:
-        mean_pairs: Pairs of a micro-batch on average: the recipe's micro_batch_size.
-        turns: Micro-batches of each process: the recipe's gradient_accumulation_steps.
-        processes: Processes that train together, one for each GPU.
-        sequences_per_pair: 2 with both orders and for the reward head, otherwise 1.
-    """
-
-    mean_pairs: int
-    turns: int
-    processes: int
-    sequences_per_pair: int
+    mean_pairs: int  # of a micro-batch: the recipe's micro_batch_size
+    turns: int  # micro-batches of each process: the recipe's gradient_accumulation_steps
+    processes: int  # that train together, one for each GPU
+    sequences_per_pair: int  # 2 with both orders and for the reward head, otherwise 1
 
     @property
     def pairs_of_process(self) -> int:
@@ -47,14 +41,11 @@ class StepShape:
 class TokenBudgetBatches(BatchSampler):
     """The micro-batches of all processes in turn, as accelerate deals them out: one to each process.
 
-    Every row is read once in an epoch. The last step is filled up with rows that are drawn again.
-
-    Attributes:
-        epoch: Decides the order together with the seed; set by BeginEpoch.
-        batch_size: None, which tells accelerate that micro-batches differ in size.
+    Every row is read once in an epoch. The last step is filled up with rows that are drawn again. The order
+    follows from the seed and `epoch`, which BeginEpoch sets.
     """
 
-    # accelerate reads both.
+    # accelerate reads both: None tells it that micro-batches differ in size.
     batch_size = None
     drop_last = False
 
@@ -66,7 +57,7 @@ class TokenBudgetBatches(BatchSampler):
                 that is the longer one's length for both, without padding the mean of the two.
             shape: What a step holds.
             budget: The most tokens of a micro-batch, padding included.
-            seed: The run's seed.
+            seed: The run's.
 
         Raises:
             UserError: If the longest rows do not fit into the budget.
@@ -109,13 +100,8 @@ class TokenBudgetBatches(BatchSampler):
     def count_tokens_of_worst_epoch(self) -> int:
         """Count the tokens of the largest micro-batch that any epoch can have.
 
-        Every epoch holds each row once, and some rows again, drawn at random, to fill up its last step.
-        The longer these are, the more tokens its micro-batches hold. So the worst epoch is the one that
-        draws the longest rows again. With rows of 32, 16, 16, 16, 8 and 8 tokens and two rows to draw,
-        it holds 32, 32, 16, 16, 16, 16, 8 and 8.
-
-        Returns:
-            The least budget under which the worst epoch fits, padding included.
+        That is the one that draws the longest rows again to fill up its last step. With rows of 32, 16, 16,
+        16, 8 and 8 tokens and two rows to draw, it holds 32, 32, 16, 16, 16, 16, 8 and 8.
         """
         longest_first = np.sort(self.widths_r)[::-1]
         refill = longest_first[: self.refill_count]
@@ -141,10 +127,7 @@ class TokenBudgetBatches(BatchSampler):
         return rows[longest_first]
 
     def cut_into_bands(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Cut an epoch's rows into one band for each turn of a step.
-
-        Args:
-            rows: The row numbers of an epoch, the longest row first.
+        """Cut an epoch's row numbers, the longest row first, into one band for each turn of a step.
 
         Returns:
             For each turn the row numbers of its micro-batches, of shape (steps, processes, pairs).
@@ -174,30 +157,15 @@ def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
 
     A turn is one micro-batch of each process. In the example of fill_turns, the turns hold all 4 pairs
     of a step under a budget of 48 tokens, but only 3 of them under 47: the result is 48.
-
-    Args:
-        widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
-        shape: What a step holds.
-
-    Returns:
-        The tokens of a micro-batch, padding included.
     """
-    # No tokens hold no pair. Tokens for all pairs of a process at the longest width hold all of them.
-    longest_width = int(widths_r[0])
-    too_few = 0
-    enough = longest_width * shape.sequences_per_pair * shape.pairs_of_process
 
-    # A larger budget never holds fewer pairs. So the smallest budget lies above `too_few` and is at most
-    # `enough`. Each pass of the loop halves the distance between the two (bisection).
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        pairs_by_turn = fill_turns(widths_r, shape, middle)
-        holds_all_pairs = sum(pairs_by_turn) == shape.pairs_of_process
-        if holds_all_pairs:
-            enough = middle
-        else:
-            too_few = middle
-    return enough
+    def count_pairs(tokens: int) -> int:
+        return sum(fill_turns(widths_r, shape, tokens))
+
+    # Tokens for all pairs of a process at the longest width hold all of them. A larger budget never holds
+    # fewer pairs, so that bisection finds the smallest.
+    enough = int(widths_r[0]) * shape.sequences_per_pair * shape.pairs_of_process
+    return bisect.bisect_left(range(enough), shape.pairs_of_process, key=count_pairs)
 
 
 def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]:
@@ -212,11 +180,6 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
         widths of the rows   32 32 | 16 16 16 16 8 8
         turn                     0 |               1
         pairs that fit  48 // 32 = 1 | 48 // 16 = 3     result: [1, 3]
-
-    Args:
-        widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
-        shape: What a step holds.
-        tokens: The most tokens of a micro-batch.
 
     Returns:
         The pairs of a micro-batch at each turn. Where the budget is too small, their sum is less

@@ -38,33 +38,19 @@ CODE_SUFFIXES = (".py", ".jinja", ".css", ".js")
 
 @dataclass(frozen=True)
 class Run:
-    """One recipe's run.
+    """One recipe's run."""
 
-    Attributes:
-        recipe: The recipe's path.
-        pairs: The pairs file that it trains on.
-        folds: The folds of that file.
-        is_trained: Whether it is trained, and not only packaged (`train: false`).
-        teachers: The runs whose labels it trains on.
-        base_run: The run whose merged model it starts from; None for a model from elsewhere.
-        keeps_merged: Whether some recipe starts from the merged model of this run.
-        is_packaged: Whether a spec of the graph serves its package.
-        uses_all_gpus: Whether one training takes all GPUs of a machine, or one of them.
-        training_hash: Hash of everything but data that decides what is trained.
-        packaging_hash: Hash of the whole recipe.
-    """
-
-    recipe: str
+    recipe: str  # its path
     pairs: str
-    folds: list[int]
-    is_trained: bool
-    teachers: list[str]
-    base_run: str | None
-    keeps_merged: bool
-    is_packaged: bool
-    uses_all_gpus: bool
-    training_hash: str
-    packaging_hash: str
+    folds: list[int]  # of the pairs file
+    is_trained: bool  # and not only packaged (`train: false`)
+    teachers: list[str]  # the runs whose labels it trains on
+    base_run: str | None  # whose merged model it starts from; None for a model from elsewhere
+    keeps_merged: bool  # as some recipe starts from its merged model
+    is_packaged: bool  # as a spec of the graph serves its package
+    uses_all_gpus: bool  # of a machine, for one training
+    training_hash: str  # of everything but data that decides what is trained
+    packaging_hash: str  # of the whole recipe
 
 
 @dataclass(frozen=True)
@@ -90,9 +76,6 @@ def derive_graph(target: str) -> Graph:
 
     Args:
         target: The name of a recipe, of a spec, or of both, as they mostly have the same; or a recipe's file.
-
-    Returns:
-        The runs and kernels on the way, the target's own included.
 
     Raises:
         UserError: There is no such recipe or spec, one is invalid, or pairs are missing.
@@ -134,6 +117,9 @@ def derive_graph(target: str) -> Graph:
 def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
     """Describe what the graph needs to know of a recipe's run."""
     block = recipe.pairwise
+    # How the run is packaged may change without a new training. Another model_input.py would give other token ids.
+    training_keys = block.model_dump(mode="json", exclude={"package", "hardware"})
+    training = [recipe.axolotl, training_keys, sha256(model_input.__file__)]
     return Run(
         recipe=str(recipe.path),
         pairs=block.pairs,
@@ -144,7 +130,7 @@ def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
         keeps_merged=keeps_merged,
         is_packaged=is_packaged,
         uses_all_gpus=spreads_over_gpus(recipe),
-        training_hash=hash_training(recipe),
+        training_hash=hash_values(training),
         packaging_hash=hash_values([recipe.axolotl, block.model_dump(mode="json")]),
     )
 
@@ -171,7 +157,9 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
     names_to_visit = list(names)
     while names_to_visit:
         name = names_to_visit.pop()
-        recipe = read_recipe(find_recipe_here(name))
+        # A recipe of the current folder comes before the project's own of that name.
+        path = Path("recipes") / f"{name}.yml"
+        recipe = read_recipe(path if path.is_file() else find_recipe(name))
         run_name = recipe.path.stem
         # Several recipes may need the same run. Runs that need each other end here too: Snakemake, which
         # gets their edges, names them in its error.
@@ -187,22 +175,11 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
             )
 
         recipes[run_name] = recipe
-        names_to_visit += needed_runs(recipe)
+        names_to_visit += teachers_of(recipe)
+        base_run = base_run_of(recipe.axolotl)
+        if base_run is not None:
+            names_to_visit.append(base_run)
     return recipes
-
-
-def find_recipe_here(name: str) -> Path:
-    """Find a recipe in recipes/ of the current folder, and then as other commands do."""
-    path = Path("recipes") / f"{name}.yml"
-    return path if path.is_file() else find_recipe(name)
-
-
-def needed_runs(recipe: Recipe) -> list[str]:
-    """List the runs that must be there before a recipe can be trained."""
-    base_run = base_run_of(recipe.axolotl)
-    if base_run is None:
-        return teachers_of(recipe)
-    return [*teachers_of(recipe), base_run]
 
 
 def spreads_over_gpus(recipe: Recipe) -> bool:
@@ -274,16 +251,6 @@ def read_folds(pairs: str) -> list[int]:
             f"{pairs}: no pairs.parquet ({first_line}); make it with pairwise preprocess"
         ) from None
     return sorted(folds.unique().to_list())
-
-
-def hash_training(recipe: Recipe) -> str:
-    """Hash a recipe's keys and the code that makes token ids.
-
-    Comments, and how the run is packaged, may change without a new training.
-    """
-    block = recipe.pairwise.model_dump(mode="json", exclude={"package", "hardware"})
-    # Another model_input.py would give other token ids.
-    return hash_values([recipe.axolotl, block, sha256(model_input.__file__)])
 
 
 def hash_code_of_steps() -> dict[str, str]:

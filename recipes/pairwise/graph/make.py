@@ -101,7 +101,7 @@ def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
 
 
 def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | None = None) -> Path:
-    """Write a graph as a file for recipes/Snakefile.
+    """Write a target's graph as a file for recipes/Snakefile.
 
     Args:
         name: The target's name.

@@ -60,10 +60,7 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
-    """Hold some GPUs that no other step of this machine holds; wait until there are so many.
-
-    Args:
-        count: How many. The graph starts no more steps than there are GPUs for.
+    """Hold so many GPUs that no other step of this machine holds, and wait for them.
 
     Yields:
         The environment for the step's command, in which CUDA shows these GPUs only.
@@ -88,13 +85,7 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
 
 
 def claim_free_gpus(most: int, locks: contextlib.ExitStack) -> list[str]:
-    """Lock GPUs that nobody holds.
-
-    Each GPU has a lock file, such as outputs/.graph/gpu-0.lock.
-
-    Returns:
-        The numbers of the GPUs, which may be fewer.
-    """
+    """Lock GPUs that nobody holds, each by a file such as outputs/.graph/gpu-0.lock; return their numbers."""
     claimed: list[str] = []
     for gpu in visible_gpus():
         if len(claimed) == most:

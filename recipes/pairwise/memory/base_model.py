@@ -44,17 +44,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class BatchBytes:
-    """Bytes that a batch takes beside the weights, at the two moments that may need most.
-
-    Attributes:
-        mlp_per_token: Within an MLP, for each token.
-        attention_per_token: Within attention, for each token.
-        attention_per_score: Beside that, for each token that a token attends to.
-    """
+    """Bytes that a batch takes beside the weights, at the two moments that may need most."""
 
     mlp_per_token: int
     attention_per_token: int
-    attention_per_score: int
+    attention_per_score: int  # beside that, for each token that a token attends to
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,8 @@ class BaseModel:
     positions: int | None  # None: its configuration names no limit
     vocabulary: int
     weights: tuple[Weight, ...]  # without a head
-    heads: Mapping[
-        str, tuple[Weight, ...]
-    ]  # score (with two labels), and label_tokens for a causal LM
+    # score (with two labels), and label_tokens for a causal LM
+    heads: Mapping[str, tuple[Weight, ...]]
     batches: Mapping[str, BatchBytes]  # as the kernel computes attention: plain, or with a softcap
 
 
@@ -187,12 +180,7 @@ def unpack_weights(rows: Iterable[str]) -> tuple[Weight, ...]:
 
 
 def list_names(pattern: str) -> list[str]:
-    """List the names of a weight in its layers. It undoes what format_layers writes.
-
-    layers.0-2.mlp    layers.0.mlp, layers.1.mlp, layers.2.mlp
-    layers.0,4.mlp    layers.0.mlp, layers.4.mlp
-    layers.7.mlp      layers.7.mlp
-    """
+    """List the names of a weight in its layers: layers.0-2.mlp and layers.0,4.mlp stand for three and for two."""
     match = LAYER_NUMBERS.search(pattern)
     if match is None:
         return [pattern]

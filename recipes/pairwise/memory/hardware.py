@@ -48,9 +48,7 @@ def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
     step = describe_step(recipe, deepspeed, hardware.gpus)
     memory = count_step_memory(step)
     least = find_least_hardware(recipe, deepspeed)
-    least_words = "more than common GPUs have"
-    if least is not None:
-        least_words = name_gpus(least)
+    least_words = name_gpus(least) if least else "more than common GPUs have"
     arithmetic = (
         f"{name_gpus(hardware)}: each holds {memory.describe()}, and can use {usable_bytes(hardware) / GIB:.1f}; "
         f"the least is {least_words}"

@@ -33,9 +33,6 @@ def measure_folder(folder: Path) -> BaseModel:
 def measure(config: PretrainedConfig) -> BaseModel:
     """Measure the classifier, and the causal LM where there is one, that transformers builds of a configuration.
 
-    Args:
-        config: Of the base model; it is not changed.
-
     Raises:
         UserError: Transformers has no classifier for it, or it cannot be run without weights.
     """
@@ -129,13 +126,6 @@ def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes
 
     Two lengths solve this for its two unknowns. 1,224 bytes per token in a row of 1,024 tokens and 2,248 in
     one of 2,048 are 1 byte per score and a constant of 200.
-
-    Args:
-        model: A classifier on the meta device.
-        positions: The most tokens of a row; None for no limit.
-
-    Returns:
-        The MLP's bytes per token, and attention's constant and its bytes per score.
 
     Raises:
         UserError: The model looks at values that tensors on the meta device lack.

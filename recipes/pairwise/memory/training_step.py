@@ -37,35 +37,20 @@ class Zero:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One micro-batch, and how it is trained.
-
-    Attributes:
-        base: The base model.
-        head: score, label_tokens or reward.
-        tokens: Of a micro-batch, padding included.
-        longest_row: Tokens of its longest sequence.
-        is_checkpointed: Whether layers are computed anew in the backward pass.
-        moment_bytes: What the optimizer holds for a trained weight.
-        gpus: How many GPUs train.
-        zero: How DeepSpeed divides the training; None without DeepSpeed.
-        lora_rank: Of the adapter; 0 without one, where every weight is trained.
-        lora_targets: The names of the layers that it adapts.
-        has_lora_dropout: Whether the adapter drops some of its inputs.
-        is_4bit: Whether the base model's linear layers are held in 4 bits.
-    """
+    """One micro-batch, and how it is trained."""
 
     base: BaseModel
     head: str
-    tokens: int
-    longest_row: int
-    is_checkpointed: bool
-    moment_bytes: int
+    tokens: int  # of a micro-batch, padding included
+    longest_row: int  # tokens of its longest sequence
+    is_checkpointed: bool  # layers are computed anew in the backward pass
+    moment_bytes: int  # that the optimizer holds for a trained weight
     gpus: int
-    zero: Zero | None = None
-    lora_rank: int = 0
-    lora_targets: tuple[str, ...] = ()
+    zero: Zero | None = None  # None without DeepSpeed
+    lora_rank: int = 0  # 0 without an adapter, where every weight is trained
+    lora_targets: tuple[str, ...] = ()  # the names of the layers that the adapter is on
     has_lora_dropout: bool = False
-    is_4bit: bool = False
+    is_4bit: bool = False  # the base model's linear layers
 
     @property
     def trained_weight_bytes(self) -> int:
@@ -245,9 +230,7 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
     attention_numbers = 4 * attention_width + step.longest_row
 
     # An MLP keeps what goes into its activation function; with a gate, both factors too.
-    mlp_numbers = mlp_width
-    if has_gate(layer, mlp_width):
-        mlp_numbers = 3 * mlp_width
+    mlp_numbers = 3 * mlp_width if has_gate(layer, mlp_width) else mlp_width
 
     # Both are in 16 bits.
     intermediate_bytes = BFLOAT16_BYTES * (attention_numbers + mlp_numbers)

@@ -74,11 +74,7 @@ def rows_are_right(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> np.nd
 
 
 def measure_answers(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> dict[str, float]:
-    """Compute the metrics of the competitions, by the names that their entries use.
-
-    Returns:
-        accuracy, log_loss in nats, and brier_score.
-    """
+    """Compute the metrics of the competitions, by the names that their entries use; log_loss is in nats."""
     # One-hot: 1 for the winner and 0 for the others, taken from the rows of the identity matrix.
     labels_rv = np.eye(probabilities_rv.shape[1])[winners_r]
     return {
@@ -89,15 +85,10 @@ def measure_answers(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> dict
 
 
 def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> float:
-    """Compute the share of rows whose likeliest verdict is the winner.
+    """Compute the share of rows whose likeliest verdict is the winner, given by its index among the verdicts.
 
-    Args:
-        probabilities_rv: Probabilities (rows, verdicts).
-        winners_r: The index of each row's winner among the verdicts. It is -1 for a tie where the model
-            has only the verdicts model_a and model_b: it cannot get such a row right, which does not count.
-
-    Returns:
-        The accuracy; NaN where no row counts.
+    It is -1 for a tie where the model has only the verdicts model_a and model_b: it cannot get such a row
+    right, which does not count. Where no row counts, the accuracy is NaN.
     """
     has_winner_r = winners_r >= 0
     if not has_winner_r.any():
@@ -137,10 +128,7 @@ def scores(
 
 
 def longer_is_right(pairs: pl.DataFrame) -> float:
-    """Compute the accuracy of picking the longer response, on the rows that have a winner.
-
-    Of equal lengths, model_a is picked.
-    """
+    """Compute the accuracy of picking the longer response, of equal ones A, on the rows that have a winner."""
     # A response is a list of texts, one for each turn: its length is the sum of theirs.
     character_counts = pl.element().str.len_chars()
     length_a = pl.col("response_a").list.eval(character_counts).list.sum()

@@ -28,11 +28,7 @@ HEADER = """\
 
 
 def resolve_recipe(cfg: dict, recipe: Path) -> dict:
-    """Give the keys of a recipe the values that they have in this run, which the command line may have changed.
-
-    Args:
-        cfg: Axolotl's configuration: the file and the command line.
-        recipe: The recipe's file, whose order of keys is kept.
+    """Give the keys of a recipe's file, in its order, the values that they have in this run.
 
     Returns:
         The keys, with what PAIRWISE_FOLD and PAIRWISE_PAIRS change, and the run folder as output_dir.
@@ -68,10 +64,7 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
 def keep_recipe_keys(configuration: dict, keys_of_file: dict) -> dict:
     """Keep the values of Axolotl's configuration that a recipe may hold, the keys of its file first.
 
-    Args:
-        configuration: What Axolotl runs with. It has keys that Axolotl adds while it runs; these are
-            not in its schema, and a recipe that held them would be refused.
-        keys_of_file: The recipe as its file has it.
+    Axolotl adds keys while it runs. They are not in its schema, and a recipe that held them would be refused.
     """
     axolotl_keys = schema()["properties"].keys() - {"axolotl_config_path"}
     allowed_keys = keys_of_file.keys() | axolotl_keys

@@ -14,12 +14,8 @@ from recipes.pairwise.data.teacher_labels import hash_labels
 from recipes.pairwise.processes import LOG
 from recipes.pairwise.tracking import metrics
 
-FILES = (
-    "contract.json",
-    "metrics.json",
-    "predictions.parquet",
-    "history.json",
-)  # which vouch for the weights beside them
+# They vouch for the weights beside them.
+FILES = ("contract.json", "metrics.json", "predictions.parquet", "history.json")
 
 
 def remove_earlier(folder: Path) -> None:
@@ -31,11 +27,7 @@ def remove_earlier(folder: Path) -> None:
 def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -> None:
     """Predict the validation rows in all processes, and write the results in the first.
 
-    Args:
-        folder: The run folder.
-        trainer: The trainer after its last step, with the validation rows as its eval_dataset.
-        block: The run's `pairwise:` block.
-        started: When the run began, on time.monotonic()'s clock.
+    The trainer has them as its eval_dataset; the run began at `started` on time.monotonic()'s clock.
 
     Raises:
         UserError: A probability is not finite.

@@ -16,13 +16,8 @@ RESUME_KEYS = ("auto_resume_from_checkpoints", "resume_from_checkpoint")
 def check_resume(cfg, block: PairwiseBlock, recipe_keys: dict) -> None:
     """Check whose checkpoints the run would resume from; then write run.json for those to come.
 
-    run.json, in the run folder, holds everything that decides what its checkpoints are trained as.
-
-    Args:
-        cfg: Axolotl's configuration: its output folder, and whether it resumes. Where it asks to
-            resume from the last checkpoint, it is given the path of that checkpoint instead.
-        block: The `pairwise:` block, with the environment's overrides.
-        recipe_keys: The recipe's keys as they run.
+    run.json, in the run folder, holds everything that decides what its checkpoints are trained as. Where
+    `cfg` asks to resume from the last checkpoint, it is given the path of that checkpoint instead.
 
     Raises:
         UserError: If the checkpoints are of another training.
@@ -59,16 +54,12 @@ def describe_training(block: PairwiseBlock, recipe_keys: dict) -> dict:
 
 def newest_checkpoint(folder: Path) -> str | None:
     """Return the path of the newest complete checkpoint in a run folder, None where there is none."""
-    newest = None
-    newest_step = -1
     # transformers writes this file last, so that a checkpoint which has it is complete.
+    complete = {}
     for state_file in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
-        checkpoint = state_file.parent
-        step = int(checkpoint.name.removeprefix("checkpoint-"))
-        if step > newest_step:
-            newest = str(checkpoint)
-            newest_step = step
-    return newest
+        step = int(state_file.parent.name.removeprefix("checkpoint-"))
+        complete[step] = str(state_file.parent)
+    return complete[max(complete)] if complete else None
 
 
 def find_differing_keys(file: Path, identity: dict) -> list[str]:

@@ -38,9 +38,7 @@ def keep_on_numbered_cpu(
     storage: torch.UntypedStorage, location: str
 ) -> torch.UntypedStorage | None:
     """Leave what torch.load has read where it is, if it is to be moved to a numbered CPU."""
-    if location.startswith("cpu:"):
-        return storage
-    return None
+    return storage if location.startswith("cpu:") else None
 
 
 def answer_no_peers(device, peer) -> bool:
@@ -55,18 +53,11 @@ def place_model(cfg) -> None:
 
 
 def use_all_cores() -> None:
-    """Give a single process every core.
-
-    accelerate's launcher sets OMP_NUM_THREADS to 1 where it is unset, GPU or not.
-    """
+    """Give a single process every core: accelerate's launcher sets OMP_NUM_THREADS to 1 where it is unset."""
     threads = os.environ.get("OMP_NUM_THREADS")
     processes = os.environ.get("WORLD_SIZE", "1")
     if threads == "1" and processes == "1":
-        torch.set_num_threads(count_cores())
-
-
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+        # macOS does not say which cores a process may use.
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        torch.set_num_threads(cores)

@@ -18,10 +18,7 @@ def deepspeed_on_cpu(deepspeed: object) -> bool:
 
 
 def start_group() -> None:
-    """Make PyTorch's group of training processes before Axolotl does, which would ask for GPUs.
-
-    The group has torchrun's processes, or this one alone where no launcher has started several.
-    """
+    """Make PyTorch's group of training processes before Axolotl does, which would ask for GPUs."""
     # With this, accelerate trains with DDP whatever the recipe says.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ["DS_ACCELERATOR"] = "cpu"

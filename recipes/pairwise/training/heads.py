@@ -31,10 +31,7 @@ MOST_SPREAD = 0.1
 def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
     """Give a classifier the head that the run starts with, and log which one it is.
 
-    Args:
-        model: The classifier as it was loaded, with as many outputs as the base model's head has.
-        start: Whether the base model's head is kept, and why not.
-        outputs: How many outputs the run's head has.
+    It was loaded with as many outputs as the base model's head has; the run's head has `outputs`.
 
     Raises:
         UserError: The head that is to be kept holds no finite numbers, or only zeros.
@@ -146,16 +143,7 @@ def find_linear_layers(model: nn.Module, head_names: Sequence[str]) -> dict[str,
 def linear_in_float32(
     layer: nn.Linear, output_rows: list[int] | None, inputs: torch.Tensor
 ) -> torch.Tensor:
-    """Apply a linear layer, or some of its output rows, in float32 and outside of autocast.
-
-    Args:
-        layer: The layer whose weights are read.
-        output_rows: The outputs to compute; None for all.
-        inputs: Of shape (..., inputs of the layer).
-
-    Returns:
-        float32 of shape (..., outputs computed).
-    """
+    """Apply a linear layer, or some of its output rows, in float32 and outside of autocast."""
     weight = layer.weight
     bias = layer.bias
     if output_rows is not None:

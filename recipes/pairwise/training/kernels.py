@@ -63,10 +63,7 @@ def find_obstacle(cfg: dict, model_type: str) -> str | None:
 
 
 def let_classifiers_pass() -> None:
-    """Have Axolotl put its kernels on any model of PEFT's.
-
-    It insists on a causal LM, but reads nothing of it that a classifier lacks.
-    """
+    """Have Axolotl put its kernels on classifiers too: it insists on a causal LM, and reads nothing that they lack."""
     from axolotl.monkeypatch import lora_kernels  # noqa: PLC0415  imports triton, which needs Linux
 
     lora_kernels.PeftModelForCausalLM = PeftModel

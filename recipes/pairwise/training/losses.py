@@ -40,10 +40,7 @@ def soft_cross_entropy(
 
 
 def distillation_loss(
-    logits: torch.Tensor,
-    teacher: torch.Tensor,
-    weight: torch.Tensor,
-    temperature: float,
+    logits: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Return the divergence of the student from its teachers at a temperature (Hinton et al. 2015), in float32.
 
@@ -56,9 +53,6 @@ def distillation_loss(
         teacher: The teachers' probabilities, of the same shape.
         weight: Of shape (pairs,), see soft_cross_entropy.
         temperature: Above 1, both distributions are softer.
-
-    Returns:
-        The weighted mean over pairs and orders, a scalar in float32.
     """
     # The logarithm of a probability of 0 would be minus infinity.
     smallest = torch.finfo(torch.float32).tiny

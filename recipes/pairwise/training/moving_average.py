@@ -22,10 +22,6 @@ def decay_at(step: int, decay: float) -> float:
     """Return the decay of a step: smaller in the first ones, which TensorFlow's average does too.
 
     An average over a short run would otherwise consist of the weights that it began with.
-
-    Args:
-        step: The number of the step, from 1.
-        decay: The decay of a long run, below 1.
     """
     return min(decay, (1 + step) / (10 + step))
 

@@ -17,13 +17,6 @@ def focal_factors(log_probabilities: torch.Tensor, gamma: float) -> torch.Tensor
 
     They shrink the cross-entropy of verdicts that the model is sure of, so that training attends to
     the others.
-
-    Args:
-        log_probabilities: The model's, float32 of any shape.
-        gamma: How much they shrink it; 0 gives factors of 1.
-
-    Returns:
-        float32 of the same shape.
     """
     probabilities = log_probabilities.exp()
     doubt = 1 - probabilities
@@ -47,9 +40,6 @@ def r_drop_penalty(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Args:
         logits: Of shape (2 * pairs, orders, verdicts).
         weight: Of shape (2 * pairs,), see soft_cross_entropy.
-
-    Returns:
-        The weighted mean over pairs and orders, a scalar in float32.
     """
     # Each half of the batch holds one copy of every pair.
     first_pov, second_pov = torch.log_softmax(logits.float(), dim=-1).chunk(2)
@@ -63,14 +53,11 @@ def r_drop_penalty(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def require_dropout(model: nn.Module) -> None:
     """Raise UserError where a model has no dropout: R-Drop's two copies of a pair would be the same."""
-    for module in model.modules():
-        if has_dropout(module):
-            return
-
-    raise UserError(
-        "pairwise.r_drop: the model has no dropout, and R-Drop compares passes that differ by it; "
-        "set lora_dropout, or attention_dropout in model_config, or remove r_drop"
-    )
+    if not any(has_dropout(module) for module in model.modules()):
+        raise UserError(
+            "pairwise.r_drop: the model has no dropout, and R-Drop compares passes that differ by it; "
+            "set lora_dropout, or attention_dropout in model_config, or remove r_drop"
+        )
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
@@ -53,10 +53,7 @@ def weigh_by_pair(micro_batches: list[dict]) -> None:
     """Scale the rows' weights so that each pair of a step counts the same, in any micro-batch.
 
     The loss is a mean over a micro-batch, and Trainer averages those of a step: without this a pair
-    in a small micro-batch would count for more than one in a large one.
-
-    Args:
-        micro_batches: Those of one optimizer step, as PairCollator makes them; changed in place.
+    in a small micro-batch would count for more than one in a large one. They are changed in place.
     """
     if not micro_batches:
         return
@@ -71,15 +68,12 @@ class RowOrder(Sampler):
     """The rows of an epoch in transformers' random order, which follows from the seed and the epoch.
 
     transformers' samplers go on from the random numbers before them, which a resumed run has not drawn.
-
-    Attributes:
-        epoch: The number of the epoch, from 0; set by BeginEpoch.
     """
 
     def __init__(self, sampler: Sampler, seed: int):
         self.sampler = sampler
         self.seed = seed
-        self.epoch = 0
+        self.epoch = 0  # set by BeginEpoch
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -115,11 +109,8 @@ class _AfterAxolotl(Trainer):
     def log(self, logs, start_time=None):
         check_gradient(float(logs.get("grad_norm", 0.0)), self.state.global_step, self.loss_scale())
 
-        meaningful = {}
-        for name, value in logs.items():
-            if not name.startswith(MEANINGLESS_METRICS):
-                meaningful[name] = value
-        super().log(meaningful, start_time)
+        names = [name for name in logs if not name.startswith(MEANINGLESS_METRICS)]
+        super().log({name: logs[name] for name in names}, start_time)
 
     def loss_scale(self) -> float | None:
         """Return the present loss scale of training in fp16, None in other dtypes."""
@@ -137,24 +128,13 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     A reward model's logits (2 * pairs, 1) are viewed as (pairs, 1, 2): the softmax over the two
     rewards is Bradley and Terry's model (1952), and a tie's label of one half each is its usual
     extension. A causal LM's logits are those of the label tokens alone, see heads.py.
-
-    Attributes:
-        label_smoothing: See soft_cross_entropy; set by the plugin.
-        focal_gamma: See soft_cross_entropy; set by the plugin.
-        r_drop: The weight of regularisers.r_drop_penalty in the loss; set by the plugin.
-        distill: Says how a student learns from its teachers; None without teachers. Set by the plugin.
-        model_options: Further arguments of the model's forward; set by the plugin.
-        token_budget_batches: The rows of each micro-batch, where the recipe has a token budget; set
-            by the plugin.
-        train_order: The order of the training rows: token_budget_batches, or a RowOrder.
     """
 
-    label_smoothing = 0.0
-    focal_gamma = 0.0
-    r_drop = 0.0
-    distill: DistillBlock | None = None
-    model_options: dict = {}
-    token_budget_batches: TokenBudgetBatches | None = None
+    # Set by the plugin.
+    block: PairwiseBlock  # what the recipe adds to cross-entropy
+    model_options: dict = {}  # further arguments of the model's forward
+    token_budget_batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
+    # Of the training rows: token_budget_batches, or a RowOrder.
     train_order: TokenBudgetBatches | RowOrder | None = None
 
     def __init__(self, *args, **kwargs):
@@ -166,7 +146,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss of a batch of PairCollator, and where they are asked for its logits."""
         # R-Drop compares two passes of a pair, which differ by their dropout.
-        uses_r_drop = self.r_drop > 0 and model.training
+        uses_r_drop = self.block.r_drop > 0 and model.training
         model_inputs = repeat_batch(inputs) if uses_r_drop else dict(inputs)
 
         # What the loss reads is no input of the model.
@@ -193,23 +173,17 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         weight: torch.Tensor,
         teacher: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the loss of a training step, with all that the recipe adds to cross-entropy.
-
-        Args:
-            logits: Of shape (pairs, orders, verdicts); with R-Drop, of a batch from repeat_batch.
-            labels: Of the same shape, see soft_cross_entropy.
-            weight: Of shape (pairs,), see soft_cross_entropy.
-            teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
-        """
-        loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
+        """Return the loss of a training step, with all that the recipe adds to cross-entropy."""
+        block = self.block
+        loss = soft_cross_entropy(logits, labels, weight, block.label_smoothing, block.focal_gamma)
 
         if teacher is not None:
-            teacher_share = self.distill.weight
-            divergence = distillation_loss(logits, teacher, weight, self.distill.temperature)
+            teacher_share = block.distill.weight
+            divergence = distillation_loss(logits, teacher, weight, block.distill.temperature)
             loss = (1 - teacher_share) * loss + teacher_share * divergence
 
-        if self.r_drop > 0:
-            loss = loss + self.r_drop * r_drop_penalty(logits, weight)
+        if block.r_drop > 0:
+            loss = loss + block.r_drop * r_drop_penalty(logits, weight)
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -74,10 +74,7 @@ def checkpointing_kwargs(cfg) -> dict[str, bool]:
 
 
 def gathered(parameters):
-    """Return a context in which `parameters` are whole.
-
-    What the first process changes in them reaches all processes when the context ends.
-    """
+    """Return a context in which `parameters` are whole; what the first process changes in them reaches all others."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         return contextlib.nullcontext()

@@ -8,39 +8,37 @@ from recipes.pairwise.config.chat_template import derive_template, find_template
 from recipes.pairwise.config.templates import QUESTION, SECTIONS
 
 VERDICTS = ("model_a", "model_b")
-TURNS = "{% for m in messages %}"
-GENERATION = "{% endfor %}{% if add_generation_prompt %}"
+
+
+def chat_template(begin: str, message: str, generation: str) -> str:
+    """A chat template: what it begins with, each message, and what asks the model to write the next one."""
+    loop = "{% for m in messages %}" + message + "{% endfor %}"
+    return begin + loop + "{% if add_generation_prompt %}" + generation + "{% endif %}"
+
+
+LLAMA3_MESSAGE = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
+LLAMA3_GENERATION = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 CHAT_TEMPLATES = {
-    "gemma": "{{ bos_token }}"
-    + TURNS
-    + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-    + GENERATION
-    + "<start_of_turn>model\n{% endif %}",
-    "llama3": "<|begin_of_text|>"
-    + TURNS
-    + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
-    + GENERATION
-    + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "chatml": TURNS
-    + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    + GENERATION
-    + "<|im_start|>assistant\n{% endif %}",
-    "phi4": TURNS
-    + "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
-    + GENERATION
-    + "<|im_start|>assistant<|im_sep|>{% endif %}",
-    "qwen3": TURNS
-    + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    + "{{ m.content }}<|im_end|>\n"
-    + GENERATION
-    + "<|im_start|>assistant\n{% endif %}",
-    "system": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday<|eot_id|>"
-    + TURNS
-    + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
-    + GENERATION
-    + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "mistral": "<s>" + TURNS + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
-    "{% endif %}{% endfor %}",
+    "gemma": chat_template(
+        "{{ bos_token }}",
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n",
+        "<start_of_turn>model\n",
+    ),
+    "llama3": chat_template("<|begin_of_text|>", LLAMA3_MESSAGE, LLAMA3_GENERATION),
+    "chatml": chat_template("", "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "phi4": chat_template("", "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>", "<|im_start|>assistant<|im_sep|>"),
+    "qwen3": chat_template(
+        "",
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ),
+    "system": chat_template(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday<|eot_id|>", LLAMA3_MESSAGE, LLAMA3_GENERATION
+    ),
+    "mistral": chat_template(
+        "<s>", "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}", ""
+    ),
 }
 
 

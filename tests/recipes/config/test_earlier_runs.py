@@ -1,6 +1,7 @@
 """Which run another one goes on from, and whether its head is kept."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from transformers import BertConfig, LlamaConfig
@@ -8,13 +9,9 @@ from transformers import BertConfig, LlamaConfig
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from recipes.pairwise.config.earlier_runs import check_adapter_start, choose_head_start, find_earlier_run, read_earlier_run
-from recipes.pairwise.config.schema import PairwiseBlock
+from tests.recipes.blocks import block_of
 
 AB, BA = ("model_a", "model_b"), ("model_b", "model_a")
-
-
-def block_of(**keys) -> PairwiseBlock:
-    return PairwiseBlock(**{"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}} | keys)
 
 
 def write_run(folder, started_from=None, **changes):
@@ -67,10 +64,7 @@ def test_a_base_model_without_a_contract_is_no_run(tmp_path):
 def test_an_adapter_goes_on_only_as_what_it_is(cfg, keys, message, tmp_path):
     earlier = read_earlier_run(write_run(tmp_path / "stage1"))
     cfg = {"adapter": "lora", "base_model": "org/first", "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]} | cfg
-    if message is None:
-        check_adapter_start(cfg, block_of(**keys), earlier)
-        return
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) if message else nullcontext():
         check_adapter_start(cfg, block_of(**keys), earlier)
 
 
@@ -80,24 +74,19 @@ CAUSAL = LlamaConfig(architectures=["LlamaForCausalLM"])
 
 
 @pytest.mark.parametrize(
-    ("config", "keys", "contract", "outputs", "reason"),
+    ("config", "head", "contract", "has_adapter", "outputs", "reason"),
     [
-        (CAUSAL, {}, None, None, "the base model has none"),
-        (REWARD, {"head": "reward"}, None, 1, None),
-        (CLASSIFIER, {"head": "reward"}, None, 2, "the base model's has 2 outputs, a reward has one"),
-        (REWARD, {}, None, 1, "no contract says that the base model's tells verdicts apart"),
-        (CLASSIFIER, {}, {"head": "reward"}, 2, "no contract says that the base model's tells verdicts apart"),
-        (CLASSIFIER, {}, {"verdicts": BA}, 2, "the base model's tells model_b, model_a apart"),
-        (CLASSIFIER, {}, {}, 2, None),
+        (CAUSAL, "score", None, False, None, "the base model has none"),
+        (REWARD, "reward", None, False, 1, None),
+        (CLASSIFIER, "reward", None, False, 2, "the base model's has 2 outputs, a reward has one"),
+        (REWARD, "score", None, False, 1, "no contract says that the base model's tells verdicts apart"),
+        (CLASSIFIER, "score", {"head": "reward"}, False, 2, "no contract says that the base model's tells verdicts apart"),
+        (CLASSIFIER, "score", {"verdicts": BA}, False, 2, "the base model's tells model_b, model_a apart"),
+        (CLASSIFIER, "score", {}, False, 2, None),
+        (REWARD, "score", {}, True, 1, "the adapter in lora_model_dir replaces it"),
     ],
 )
-def test_a_head_is_kept_where_it_means_the_same(config, keys, contract, outputs, reason, tmp_path):
+def test_a_head_is_kept_where_it_means_the_same(config, head, contract, has_adapter, outputs, reason, tmp_path):
     earlier = None if contract is None else read_earlier_run(write_run(tmp_path / "stage1", **contract))
-    start = choose_head_start(config, block_of(**keys), earlier, has_adapter=False)
+    start = choose_head_start(config, block_of(head=head), earlier, has_adapter)
     assert (start.checkpoint_outputs, start.reason_for_new) == (outputs, reason)
-
-
-def test_an_adapter_brings_its_head_though_the_base_model_has_one(tmp_path):
-    earlier = read_earlier_run(write_run(tmp_path / "stage1"))
-    start = choose_head_start(REWARD, block_of(), earlier, has_adapter=True)
-    assert (start.checkpoint_outputs, start.reason_for_new) == (1, "the adapter in lora_model_dir replaces it")

@@ -1,5 +1,7 @@
 """The configuration of a run: which commands are refused, and what every recipe gets whatever it says."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from preprocess.core.errors import UserError
@@ -13,8 +15,8 @@ from recipes.pairwise.config.run_config import (
     set_fixed_keys,
     set_model_keys,
 )
-from recipes.pairwise.config.schema import PairwiseBlock
 from tests.conftest import ROOT
+from tests.recipes.blocks import block_of
 
 DEMO = ROOT / "recipes/demo.yml"
 
@@ -46,8 +48,7 @@ def test_what_the_command_line_overrides_is_checked_with_the_file():
     ],
 )
 def test_keys_that_follow_from_the_block_are_set(block, cfg, expected):
-    block = PairwiseBlock(**{"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}} | block)
-    set_fixed_keys(cfg, block, DEMO, checkpointing={"use_reentrant": False})
+    set_fixed_keys(cfg, block_of(**block), DEMO, checkpointing={"use_reentrant": False})
     assert {key: cfg[key] for key in expected} == expected
 
 
@@ -63,15 +64,13 @@ def test_keys_that_follow_from_the_block_are_set(block, cfg, expected):
     ],
 )
 def test_keys_that_follow_from_the_base_model_are_set(kind, softcap, cfg, expected, tiny_models):
-    block = PairwiseBlock(template="gemma", budget_tokens=256, softcap=softcap, package={"slug": "some-model"})
-    model = build_empty_model(read_config(str(tiny_models(kind)), None), block.head)
-    set_model_keys(cfg, block, model, HeadStart(None, "the base model has none"))
+    model = build_empty_model(read_config(str(tiny_models(kind)), None), "score")
+    set_model_keys(cfg, block_of(softcap=softcap), model, HeadStart(None, "the base model has none"))
     assert cfg == cfg | expected and ("lora_modules_to_save" in cfg) == ("lora_modules_to_save" in expected)
 
 
 def test_training_what_kaggle_cannot_serve_is_warned_of(tiny_models, capsys):
-    block = PairwiseBlock(template="gemma", budget_tokens=256, package={"slug": "some-model"})
-    check_base_model({"base_model": str(tiny_models("olmo2"))}, block)
+    check_base_model({"base_model": str(tiny_models("olmo2"))}, block_of())
     warning = "warning: base_model: Kaggle's transformers 5.0.0 has no classifier for olmo2; it cannot be packaged\n"
     assert capsys.readouterr().err.endswith(warning)
 
@@ -88,11 +87,7 @@ def test_training_what_kaggle_cannot_serve_is_warned_of(tiny_models, capsys):
 )
 def test_accumulation_follows_from_the_pairs_of_a_step(processes, cfg, steps, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", processes)
-    block = PairwiseBlock(template="gemma", budget_tokens=256, pairs_per_step=64, package={"slug": "some-model"})
     cfg = cfg | {"micro_batch_size": 2}
-    if isinstance(steps, str):
-        with pytest.raises(UserError, match=steps):
-            set_accumulation_steps(cfg, block)
-    else:
-        set_accumulation_steps(cfg, block)
+    with pytest.raises(UserError, match=steps) if isinstance(steps, str) else nullcontext():
+        set_accumulation_steps(cfg, block_of(pairs_per_step=64))
         assert cfg["gradient_accumulation_steps"] == steps

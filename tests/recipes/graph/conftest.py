@@ -2,6 +2,7 @@
 
 import os
 
+import polars as pl
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -10,24 +11,33 @@ from recipes.pairwise.graph.make import main
 from tests import tiny
 from tests.conftest import ROOT
 
-# Each command appends its line to calls.txt; `axolotl train` fails, or waits, where a file says so.
-STAND_INS = {
-    "axolotl/cli/main.py": """
+# What all of them do: a line in calls.txt, and files that hold something.
+MAKE = """
 import json, os, sys, time
 from pathlib import Path
+
+def make(call, *files):
+    with open("calls.txt", "a") as calls:
+        calls.write(call.strip() + "\\n")
+    for file in map(Path, files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+"""
+# `axolotl train` fails, or waits, where a file says so.
+STAND_INS = {
+    "axolotl/cli/main.py": """
 import polars as pl
 
 def main():
     recipe = Path(sys.argv[2])
     fold = os.environ["PAIRWISE_FOLD"]
     folder = Path("outputs", recipe.stem, f"fold-{fold}" if fold else "")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open("calls.txt", "a") as calls:
-        calls.write(f"train {folder} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip() + "\\n")
+    make(f"train {folder} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
     if Path(f"{recipe.stem}.fails").exists():
         sys.exit("no memory left")
     while Path(f"{recipe.stem}.waits").exists():
         time.sleep(0.1)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = pl.read_parquet("data/pairs.parquet").filter(pl.col("fold") == int(fold or 0))
     rows.select("id").write_parquet(folder / "predictions.parquet")
     names = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer", "rows")
@@ -35,39 +45,23 @@ def main():
     (folder / "contract.json").write_text("{}")
 """,
     "postprocess/__main__.py": """
-import sys
-from pathlib import Path
 folder = Path("outputs", Path(sys.argv[1]).stem, "mean" if "--adapter" in sys.argv else "")
-open("calls.txt", "a").write(f"postprocess {' '.join(sys.argv[1:])}\\n")
-(folder / "package").mkdir(parents=True, exist_ok=True)
-(folder / "package/manifest.json").write_text("{}")
-(folder / "agreement.json").write_text("{}")
+files = [folder / "package/manifest.json", folder / "agreement.json"]
 if "--keep-merged" in sys.argv:
-    (folder / "merged").mkdir(exist_ok=True)
-    (folder / "merged/config.json").write_text("{}")
+    files.append(folder / "merged/config.json")
+make(f"postprocess {' '.join(sys.argv[1:])}", *files)
 """,
     "postprocess/labels.py": """
-import sys
-from pathlib import Path
-open("calls.txt", "a").write(f"labels {sys.argv[1]}\\n")
-Path("outputs", Path(sys.argv[1]).stem, "labels.parquet").write_text("labels")
+make(f"labels {sys.argv[1]}", Path("outputs", Path(sys.argv[1]).stem, "labels.parquet"))
 """,
     "postprocess/report.py": """
-import sys
-from pathlib import Path
-open("calls.txt", "a").write(f"report {sys.argv[1]}\\n")
-Path(sys.argv[1], "report.html").write_text("report")
+make(f"report {sys.argv[1]}", Path(sys.argv[1], "report.html"))
 """,
     "kaggle_kernels/__main__.py": """
-import sys
-from pathlib import Path
 name = Path(sys.argv[2]).stem
-open("calls.txt", "a").write(f"{sys.argv[1]} {name}\\n")
 outputs = {"build": [f"outputs/kernels/{name}/kernel.py"],
            "rehearse": [f"outputs/{name}/rehearsal/submission.csv", f"outputs/{name}/rehearsal/rehearsal.json"]}
-for file in map(Path, outputs[sys.argv[1]]):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("made")
+make(f"{sys.argv[1]} {name}", *outputs[sys.argv[1]])
 """,
 }
 
@@ -77,14 +71,11 @@ class Workplace:
 
     def __init__(self, folder):
         self.folder = folder
-        self.demo = yaml.safe_load((ROOT / "recipes/demo.yml").read_text())
-        self.demo["pairwise"]["pairs"] = "data/pairs.parquet"
 
-    def write_recipe(self, name: str, **changes):
-        """Write the demo's recipe with other keys; those of `pairwise` that are given are changed there."""
-        block = self.demo["pairwise"] | changes.pop("pairwise", {})
-        values = self.demo | changes | {"pairwise": block}
-        (self.folder / f"recipes/{name}.yml").write_text(yaml.safe_dump(values))
+    def write_recipe(self, name: str, pairwise: dict | None = None, **changes):
+        """Write the demo's recipe with other keys, in its block too."""
+        block = {"pairs": "data/pairs.parquet"} | (pairwise or {})
+        tiny.change(ROOT / "recipes/demo.yml", block, self.folder / f"recipes/{name}.yml", **changes)
 
     def write_spec(self, name: str, *runs: str):
         packages = [{"run": run, "dataset": f"pairwise-{run}"} for run in runs]
@@ -105,13 +96,14 @@ def workplace(tmp_path, monkeypatch):
         file = tmp_path / "stand_ins" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         (file.parent / "__init__.py").touch()
-        file.write_text(source)
+        file.write_text(MAKE + source)
     (tmp_path / "stand_ins/axolotl/__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stand_ins'}{os.pathsep}{ROOT}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     for name in ("recipes", "kaggle_kernels/specs", "data"):
         (tmp_path / name).mkdir(parents=True)
-    tiny.pairs_parquet(tmp_path / "data/pairs.parquet", 20)
+    pairs = tiny.pairs_parquet(tmp_path / "data/pairs.parquet", 20)
+    pl.read_parquet(pairs).with_columns(pl.col("fold") % 2).write_parquet(pairs)
     monkeypatch.chdir(tmp_path)
     return Workplace(tmp_path)

@@ -3,13 +3,13 @@
 import re
 
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from recipes.pairwise.__main__ import main
 from recipes.pairwise.config.recipe_files import read_deepspeed
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.memory.hardware import find_least_hardware
+from tests import tiny
 from tests.conftest import ROOT
 
 GEMMA = ROOT / "recipes/gemma2_cls.yml"
@@ -24,11 +24,7 @@ def check(*arguments):
 
 def changed_gemma(folder, block=None, **keys):
     """Write gemma2_cls with other keys; None removes one."""
-    values = yaml.safe_load(GEMMA.read_text()) | keys
-    values["pairwise"] |= block or {}
-    path = folder / "changed.yml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return path
+    return tiny.change(GEMMA, block, folder / "changed.yml", **keys)
 
 
 def test_the_arithmetic_of_a_recipe_is_one_line(monkeypatch):

@@ -13,12 +13,7 @@ from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.memory.base_model import read_records
 from recipes.pairwise.memory.hardware import describe_step
 from recipes.pairwise.memory.measure import PeakBytes
-from recipes.pairwise.memory.training_step import (
-    GIB,
-    Zero,
-    count_activation_bytes,
-    count_step_memory,
-)
+from recipes.pairwise.memory.training_step import GIB, Zero, count_activation_bytes, count_step_memory
 from recipes.pairwise.training.heads import compute_logits_in_float32
 from tests.conftest import ROOT
 

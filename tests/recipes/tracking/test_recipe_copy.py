@@ -10,6 +10,7 @@ from axolotl.utils.dict import DictDefault
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.tracking import recipe_copy
+from tests import tiny
 from tests.conftest import ROOT
 
 
@@ -17,14 +18,11 @@ from tests.conftest import ROOT
 def trial(monkeypatch, tmp_path):
     """A trial's temporary recipe as Axolotl writes one: trial(lora_r=0)."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
 
     def write(**changes) -> tuple[DictDefault, Path]:
-        path = tmp_path / "tmp/sweep0001.yaml"
-        values = yaml.safe_load((ROOT / "recipes/demo.yml").read_text())
-        values |= {"output_dir": str(tmp_path / "swept/sweep0001")} | changes
-        path.write_text(yaml.safe_dump(values))
-        return DictDefault(values | {"axolotl_config_path": str(path)}), path
+        changes |= {"output_dir": str(tmp_path / "swept/sweep0001")}
+        path = tiny.change(ROOT / "recipes/demo.yml", path=tmp_path / "tmp/sweep0001.yaml", **changes)
+        return DictDefault(yaml.safe_load(path.read_text()) | {"axolotl_config_path": str(path)}), path
 
     return write
 

@@ -3,18 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from recipes.pairwise.training.moving_average import MovingAverage, decay_at
-from tests import forked
+from preprocess.core.files import read_json
+from recipes.pairwise.training.moving_average import MovingAverage
+from tests import forked, tiny
 from tests.recipes import comparable
-
-
-@pytest.mark.parametrize(("step", "decay"), [(1, 2 / 11), (8, 0.5), (1000, 0.9)])
-def test_the_decay_grows_to_its_value(step, decay):
-    assert decay_at(step, 0.9) == decay
 
 
 def run_steps(average: MovingAverage, model: nn.Module, state, arguments, weights: list[float]) -> None:
@@ -69,15 +64,11 @@ def test_a_checkpoint_without_its_average_is_refused(training, capsys):
 def test_a_run_ends_with_the_average_and_learns_by_focal_loss(tiny_models, tmp_path):
     """The checkpoint of the last step holds the weights and their average; the run folder the average alone."""
     recipe = comparable.twin("minilm_cls", tmp_path, tiny_models("bert"))
-    values = yaml.safe_load(recipe.read_text()) | {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
-    values["pairwise"] |= {"focal_gamma": 2.0, "r_drop": 0.001, "ema_decay": 0.9}
-    recipe.write_text(yaml.safe_dump(values))
-    ended = forked.axolotl("train", recipe)
-    assert ended.code == 0, ended.output[-3000:]
+    block = {"focal_gamma": 2.0, "r_drop": 0.001, "ema_decay": 0.9}
+    forked.train(tiny.change(recipe, block, save_strategy="steps", save_steps=4, logging_steps=1))
     run = tmp_path / "minilm_cls"
     average = load_file(run / "checkpoint-4/moving_average.safetensors")
     assert comparable.largest_difference(comparable.trained_weights(run), average) == 0
     assert comparable.largest_difference(comparable.trained_weights(run / "checkpoint-4"), average) > 0.001
     # A model that knows nothing has p = 1/2: a quarter of the cross-entropy of 0.693.
-    history = yaml.safe_load((run / "history.json").read_text())
-    assert history[0]["loss"] == pytest.approx(0.693 / 4, abs=0.03)
+    assert read_json(run / "history.json")[0]["loss"] == pytest.approx(0.693 / 4, abs=0.03)

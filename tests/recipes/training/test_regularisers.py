@@ -12,6 +12,7 @@ from preprocess.core.errors import UserError
 from recipes.pairwise.training.losses import soft_cross_entropy
 from recipes.pairwise.training.regularisers import r_drop_penalty, repeat_batch, require_dropout
 from recipes.pairwise.training.trainer import PairwiseTrainer
+from tests.recipes.blocks import block_of
 
 STEP = 1e-5  # of the numerical derivatives
 # Four pairs in two orders with three verdicts; the first two and the last two are each other's copies.
@@ -88,7 +89,7 @@ class Scorer(nn.Module):
 )
 def test_the_trainer_adds_them_in_training_only(is_training, expected):
     trainer = PairwiseTrainer.__new__(PairwiseTrainer)
-    trainer.focal_gamma, trainer.r_drop = 1.0, 3.0
+    trainer.block = block_of(focal_gamma=1.0, r_drop=3.0)
     batch = {"input_ids": torch.tensor([[1, 0]]), "labels": torch.tensor([[[1.0, 0.0]]]), "weight": torch.ones(1)}
     loss, outputs = trainer.compute_loss(Scorer().train(is_training), batch, return_outputs=True)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
