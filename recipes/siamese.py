@@ -90,7 +90,11 @@ def read_options() -> argparse.Namespace:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks."""
+    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks.
+
+    Raises:
+        UserError: The file cannot be read, lacks a column, is empty, or has an id twice.
+    """
     try:
         if path.suffix == ".csv":
             rows = pl.read_csv(path, infer_schema=False)

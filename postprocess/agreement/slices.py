@@ -33,7 +33,11 @@ def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray
 
 
 def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Divide the rows by language, if they have one; the rare languages are one slice together."""
+    """Divide the rows by language, if they have one; the rare languages are one slice together.
+
+    Returns:
+        For each slice by its name, such as `the language German`, which rows are in it: a mask of shape (rows,).
+    """
     if "language" not in rows.columns:
         return {}
 
@@ -53,7 +57,11 @@ def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.
 
 
 def slice_by_length(rows: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Divide the rows into quarters by the characters of prompt and responses."""
+    """Divide the rows into quarters by the characters of prompt and responses.
+
+    Returns:
+        For each quarter by its name, which rows are in it: a mask of shape (rows,).
+    """
     lengths_r = np.zeros(len(rows))
     for column in TEXTS:
         lengths_r += count_characters(rows, column)

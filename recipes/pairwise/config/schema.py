@@ -367,7 +367,11 @@ def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
 
 
 def read_environment() -> dict[str, object]:
-    """Read which keys of the `pairwise` block the environment changes: PAIRWISE_FOLD and PAIRWISE_PAIRS."""
+    """Read which keys of the `pairwise` block the environment changes: PAIRWISE_FOLD and PAIRWISE_PAIRS.
+
+    Raises:
+        UserError: PAIRWISE_FOLD is neither.
+    """
     changes: dict[str, object] = {}
     fold = os.environ.get("PAIRWISE_FOLD")
     if fold == "all":

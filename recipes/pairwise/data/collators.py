@@ -105,7 +105,12 @@ class PairCollator:
         return probabilities_ov
 
     def pad(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Pad sequences to a common length, a multiple of pad_to_multiple_of."""
+        """Pad sequences to a common length, a multiple of pad_to_multiple_of.
+
+        Returns:
+            input_ids and attention_mask, and for label_tokens position_ids, all of shape
+            (sequences, tokens).
+        """
         longest = max(len(ids) for ids in sequences)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch_shape = (len(sequences), width)

@@ -51,7 +51,11 @@ FEATURES = Features(
 
 
 def read_pairs(path: Path | str) -> pl.DataFrame:
-    """Read a pairs.parquet. In a file without roles, every row is a training row."""
+    """Read a pairs.parquet. In a file without roles, every row is a training row.
+
+    Raises:
+        UserError: It is absent or damaged, or lacks a column.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(

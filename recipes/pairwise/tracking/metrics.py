@@ -85,10 +85,15 @@ def measure_answers(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> dict
 
 
 def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> float:
-    """Compute the share of rows whose likeliest verdict is the winner, given by its index among the verdicts.
+    """Compute the share of rows whose likeliest verdict is the winner.
 
-    It is -1 for a tie where the model has only the verdicts model_a and model_b: it cannot get such a row
-    right, which does not count. Where no row counts, the accuracy is NaN.
+    Args:
+        probabilities_rv: Probabilities (rows, verdicts).
+        winners_r: The index of each row's winner among the verdicts. It is -1 for a tie where the model
+            has only the verdicts model_a and model_b: it cannot get such a row right, which does not count.
+
+    Returns:
+        The accuracy; NaN where no row counts.
     """
     has_winner_r = winners_r >= 0
     if not has_winner_r.any():

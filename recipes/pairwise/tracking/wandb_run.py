@@ -81,7 +81,11 @@ def is_ready() -> bool:
 
 
 def start(cfg: dict, recipe: dict, contract: Contract) -> None:
-    """Begin the run, before the model is loaded, so that it fails in time."""
+    """Begin the run, before the model is loaded, so that it fails in time.
+
+    Raises:
+        UserError: The run cannot begin.
+    """
     project = cfg.get("wandb_project")
     if not is_first() or not project:
         return

@@ -143,7 +143,16 @@ def find_linear_layers(model: nn.Module, head_names: Sequence[str]) -> dict[str,
 def linear_in_float32(
     layer: nn.Linear, output_rows: list[int] | None, inputs: torch.Tensor
 ) -> torch.Tensor:
-    """Apply a linear layer, or some of its output rows, in float32 and outside of autocast."""
+    """Apply a linear layer, or some of its output rows, in float32 and outside of autocast.
+
+    Args:
+        layer: The layer whose weights are read.
+        output_rows: The outputs to compute; None for all.
+        inputs: Of shape (..., inputs of the layer).
+
+    Returns:
+        float32 of shape (..., outputs computed).
+    """
     weight = layer.weight
     bias = layer.bias
     if output_rows is not None:

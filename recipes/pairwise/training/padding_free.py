@@ -79,9 +79,18 @@ def attend_within_sequences(  # noqa: PLR0913  transformers' signature
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a padding-free batch; transformers calls this in every layer.
 
-    The query has the shape (1, heads, tokens, size of a head); key and value have fewer heads where groups of
-    heads share one. `cu_seq_lens_q` is where each sequence begins, and where the last one ends. Of a sliding
-    window, only tokens less than this far away are seen. On a GPU there is no dropout.
+    Args:
+        module: The layer, which says whether it is causal.
+        query: Of shape (1, heads, tokens, size of a head).
+        key: As the query, with fewer heads where groups of heads share one.
+        value: As the key.
+        attention_mask: None, see ATTENTION.
+        cu_seq_lens_q: Where each sequence begins, and where the last one ends, of shape (sequences + 1,).
+        max_length_q: Tokens of the longest sequence.
+        dropout: The share of attention weights to drop. On a GPU there is no such dropout.
+        scaling: Of the scores; None for the inverse root of the size of a head.
+        sliding_window: Only tokens less than this far away are seen; None for all.
+        kwargs: What other implementations read.
 
     Returns:
         The output of shape (1, tokens, heads, size of a head), and None in place of the weights.
@@ -149,8 +158,14 @@ def classify(
 ) -> SequenceClassifierOutput:
     """Classify every sequence of a padding-free batch; this takes the place of a classifier's forward.
 
-    The batch is one row of several sequences, of which transformers' own forward would read one token.
-    Among `kwargs` are the BOUNDS, and what PEFT passes on beside them, all None.
+    The batch is one row of several sequences. transformers' own forward would read one token of the row,
+    and so classify the row.
+
+    Args:
+        classifier: The classifier.
+        input_ids: The sequences end to end, of shape (1, tokens).
+        position_ids: Each token's position in its sequence, of the same shape.
+        kwargs: Where the sequences are (see BOUNDS), and what PEFT passes on beside that, all None.
 
     Returns:
         The logits, of shape (sequences, labels).
@@ -175,9 +190,12 @@ def pool_and_classify(
     """Apply a classifier's head to each sequence, as its own forward does to each row.
 
     Args:
-        classifier: Of a decoder, or of one of ENCODERS.
+        classifier: The classifier.
         hidden_ts: Hidden states of shape (tokens, hidden size).
         bounds: Where each sequence begins, and where the last one ends.
+
+    Returns:
+        The logits, of shape (sequences, labels).
     """
     first_places = bounds[:-1]
     last_places = bounds[1:] - 1

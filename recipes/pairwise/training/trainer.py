@@ -173,7 +173,14 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         weight: torch.Tensor,
         teacher: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the loss of a training step, with all that the recipe adds to cross-entropy."""
+        """Return the loss of a training step, with all that the recipe adds to cross-entropy.
+
+        Args:
+            logits: Of shape (pairs, orders, verdicts); with R-Drop, of a batch from repeat_batch.
+            labels: Of the same shape, see soft_cross_entropy.
+            weight: Of shape (pairs,), see soft_cross_entropy.
+            teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
+        """
         block = self.block
         loss = soft_cross_entropy(logits, labels, weight, block.label_smoothing, block.focal_gamma)
 
