@@ -11,8 +11,10 @@ def fresh_process(imports: Sequence[str] = ()) -> ProcessPoolExecutor:
 
     With `imports`, modules that take long, it is a fork of a server that has imported them and computed nothing.
     """
-    context = multiprocessing.get_context("forkserver" if imports else "spawn")
-    context.set_forkserver_preload(list(imports))
+    context = multiprocessing.get_context("spawn")
+    if imports:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(imports))
     return ProcessPoolExecutor(1, context, initializer=silence)
 
 

@@ -27,6 +27,10 @@ from tests.bench.train.work import HELD_OUT_FOLD, SEED, Measured, Measurement
 
 RECIPE = "minilm_reward"
 
+# The runs' processes fork from one that has imported these and computed nothing. On a GPU each starts
+# anew: libraries ask for devices when they are imported, and CUDA does not survive a fork.
+SLOW_IMPORTS = () if torch.cuda.is_available() else (__name__, "tests.forked_imports")
+
 # Of a ratio Axolotl makes other numbers than transformers, and of one step it makes two.
 WARMUP_STEPS = 2
 

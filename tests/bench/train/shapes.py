@@ -19,7 +19,7 @@ from recipes.pairwise.memory.base_model import GIB, read_records
 from tests import tiny
 from tests.bench.processes import in_process
 from tests.bench.train import work
-from tests.bench.train.contenders import train_with_ours
+from tests.bench.train.contenders import SLOW_IMPORTS, train_with_ours
 
 RESULTS = Path("outputs/bench/train_shapes.json")
 HELD_OUT = 8  # pairs; random weights have nothing to show on them
@@ -119,7 +119,8 @@ def measure_switches(folder: Path, recipe: str, adapters: list[str], switches: l
             changes = merge_keys(PLAIN, ADAPTERS[adapter], SWITCHES[switch])
 
             try:
-                figures[name] = asdict(in_process(train_with_ours, folder, changes, recipe))
+                run = in_process(train_with_ours, folder, changes, recipe, imports=SLOW_IMPORTS)
+                figures[name] = asdict(run)
             # What memory cannot hold, or a kernel that is not installed, is a figure too.
             except (Exception, SystemExit) as error:
                 figures[name] = f"{type(error).__name__}: {error}"
