@@ -159,5 +159,5 @@ def _group_into_turns(messages: list[_Message]) -> list[_Turn]:
 
 def name_row(values: dict, *texts: list[str]) -> str:
     """Return a row's id, or a hash of its texts where the file has none."""
-    texts_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    return read_text(values.get("id")) or texts_hash[:ID_DIGITS]
+    row_id = read_text(values.get("id"))
+    return row_id or hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:ID_DIGITS]
