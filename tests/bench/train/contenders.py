@@ -12,12 +12,7 @@ from axolotl.cli.train import do_cli
 from axolotl.integrations.base import BasePlugin, PluginManager
 from datasets import load_from_disk
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from preprocess.core.files import read_yaml

@@ -14,14 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BatchEncoding,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, TrainerCallback, set_seed
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import PairwiseBlock
@@ -185,7 +178,7 @@ class Measurement(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Evaluate, then count tokens and time from here on."""
-        self.held_out_before = self.measure_held_out(model)
+        self.held_out_before = measure_loss(model, self.folder, self.padding_free)
         self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
         self.started = read_clock()
 
@@ -199,9 +192,7 @@ class Measurement(TrainerCallback):
         self.hook.remove()
 
         rows = load_from_disk(self.folder / "train")
-        lengths = []
-        for name in ("chosen_ids", "rejected_ids"):
-            lengths += [len(ids) for ids in rows[name]]
+        lengths = [len(ids) for name in ("chosen_ids", "rejected_ids") for ids in rows[name]]
 
         step_over_forward = STEP_OVER_FORWARD
         if isinstance(model, PeftModel):
@@ -219,13 +210,8 @@ class Measurement(TrainerCallback):
             peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             losses=tuple(float(np.mean(quarter)) for quarter in quarters),
             held_out_before=self.held_out_before,
-            held_out_after=self.measure_held_out(model),
+            held_out_after=measure_loss(model, self.folder, self.padding_free),
         )
-
-    def measure_held_out(self, model: nn.Module) -> float:
-        """Return the mean loss on the held-out rows."""
-        rows = load_from_disk(self.folder / "held_out")
-        return measure_loss(model, rows, self.padding_free)
 
     def load_shape(self) -> nn.Module:
         """Return the base model without weights: those of a quantised one are packed."""
@@ -235,12 +221,12 @@ class Measurement(TrainerCallback):
 
 
 @torch.no_grad()
-def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
-    """Return the mean loss of a reward model.
+def measure_loss(model: nn.Module, folder: Path, padding_free: bool) -> float:
+    """Return the mean loss of a reward model on the held-out rows.
 
     Args:
         model: Is in training mode, before and after.
-        rows: As `choose` makes them.
+        folder: Holds what write_rows wrote.
         padding_free: Whether the model takes padding-free batches alone.
     """
     model.eval()
@@ -248,7 +234,7 @@ def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
     collate = PairCollator(None, "reward", VERDICTS, "both", 0, padding_free=padding_free)
     losses = []
 
-    for row in rows:
+    for row in load_from_disk(folder / "held_out"):
         sequences = [row["chosen_ids"], row["rejected_ids"]]
         pair = {"id": "", "sequences": sequences, "labels": [1, 0], "weight": 1}
         batch = BatchEncoding(collate([pair])).to(model.device)
