@@ -6,7 +6,6 @@ ladder goes on where it was. All rungs are scored on the lockbox, by the code of
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from recipes.pairwise.config.schema import Recipe, read_recipe
 from recipes.pairwise.cv import is_complete
 from recipes.pairwise.data.datasets import list_folds, read_pairs
 from recipes.pairwise.data.teacher_labels import LABELS
+from tests.bench.processes import run_command
 
 FOLDER = Path("outputs/ladder")
 TEACHER = "votes"
@@ -170,15 +170,6 @@ def teach(recipe: Recipe) -> None:
     """Train the teacher's folds, and label all rows with them."""
     run_command(sys.executable, "-m", "recipes.pairwise.cv", str(recipe.path))
     run_command(sys.executable, "-m", "postprocess.labels", str(recipe.path))
-
-
-def run_command(*command: str) -> None:
-    """Run a command, and raise UserError where it fails."""
-    environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
-    exit_code = subprocess.run(command, env=environment, check=False).returncode
-    if exit_code:
-        words = " ".join(command)
-        raise UserError(f"`{words}` ended with exit code {exit_code}; run this again to go on from here")
 
 
 def measure_run(title: str, recipe: Recipe, without: Sequence[str]) -> Result:
