@@ -179,11 +179,6 @@ def _check_paths(
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
     """Check that like prompts stand together: in one fold, in the lockbox, or in one held-back file.
 
-    Args:
-        pairs: The pairs with their folds and roles.
-        held_back: The rows of each held-back file.
-        threshold: The similarity from which on two prompts are alike.
-
     Raises:
         UserError: Two like prompts stand apart, which would let a model see in training what it is judged on.
             They are printed first.
@@ -209,15 +204,7 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
 def _advise_on_leaks(
     leaks: Iterable[Leak], places: pl.Series, lockbox: int, held_back: Iterable[Path]
 ) -> list[str]:
-    """Count the leaks of each kind, and say what to do about them.
-
-    Args:
-        leaks: The leaks.
-        places: Where each prompt stands: its fold, the lockbox's number, or below 0 for a held-back
-            file.
-        lockbox: The number that stands for the lockbox as a place.
-        held_back: The held-back files.
-    """
+    """Count the leaks of each kind, and say what to do about them; `places` as _list_prompts numbers them."""
     into_files = into_lockbox = between_folds = 0
     for leak in leaks:
         places_of_leak = (places[leak.first], places[leak.second])

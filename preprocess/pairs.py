@@ -111,11 +111,7 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
 
 
 def find_like_lockbox(table: pl.DataFrame) -> pl.Series:
-    """Find the extra and pool rows whose prompt is like one of the lockbox: none may be trained on.
-
-    Returns:
-        For each row of the table whether it is such a row.
-    """
+    """Return for each row whether it is one of extra or pool that is like a lockbox row: none may be trained on."""
     # Like prompts are in one group. Training rows are not dropped: if one is like a lockbox row, the
     # leak report stops the command.
     is_extra_or_pool = pl.col("role").is_in(["extra", "pool"])

@@ -25,6 +25,7 @@ PROMPT_WIDTH = 40
 SUMMARY_SNIPPET = 60
 HEADINGS = ("source", "read", "kept", "again", "rejected", "language", "A", "B", "tie", "longer")
 LEFT_ALIGNED = ("source", "rejected", "language")
+OTHER_ROLES = {"test": "lockbox", "extra": "extra", "pool": "pool"}
 
 
 def console(stream=None, piped_width: int = PIPED_WIDTH) -> Console:
@@ -124,11 +125,8 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
     lines.append(f"pairs per fold: {', '.join(sizes)}")
 
-    role_sizes = []
-    for role, name in (("test", "lockbox"), ("extra", "extra"), ("pool", "pool")):
-        size = table.filter(role=role).height
-        if size > 0:
-            role_sizes.append(f"{name}: {size:,}")
+    heights = {name: table.filter(role=role).height for role, name in OTHER_ROLES.items()}
+    role_sizes = [f"{name}: {height:,}" for name, height in heights.items() if height > 0]
     if role_sizes:
         lines.append(f"beside the folds: {', '.join(role_sizes)}")
     if pairs.dropped.height > 0:
@@ -159,12 +157,7 @@ def no_leaks(threshold: float, against: Iterable[Path]) -> str:
 
 
 def leaks_table(leaks: list[Leak], prompts: pl.DataFrame) -> Table:
-    """Build the table of the first LEAKS_SHOWN leaks.
-
-    Args:
-        leaks: The most similar first.
-        prompts: All prompts by position: place_name (of the fold or file), id and prompt_text.
-    """
+    """Build the table of the first LEAKS_SHOWN leaks; `prompts` are all, with their places and ids."""
     table = Table(
         box=box.SIMPLE_HEAD,
         title="prompts that are alike but stand apart",

@@ -130,13 +130,9 @@ class _Grouping:
 
         This is repeated for as long as more than LEAST_SHARE_UNITED of the pairs are.
         """
-        share_united = 1.0
-        while share_united > LEAST_SHARE_UNITED:
+        first, second = self._draw_pairs(keys)
+        while self._unite_pairs(first, second) > LEAST_SHARE_UNITED * len(first):
             first, second = self._draw_pairs(keys)
-            if len(first) == 0:
-                return
-            pairs_united = self._unite_pairs(first, second)
-            share_united = pairs_united / len(first)
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
         """Compare all texts of equal keys that are in different groups, and unite the similar ones."""
@@ -170,17 +166,13 @@ class _Grouping:
         return first[is_pair], second[is_pair]
 
     def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
-        """Compare pairs of texts exactly, and unite the groups of those that are similar.
+        """Compare pairs of texts exactly, unite the groups of those that are similar, and count these.
 
         Pairs that are not similar are remembered in `_unlike`, and not compared again.
-
-        Returns:
-            How many of the pairs united two groups.
         """
         unlike = []
         pairs_united = 0
         for pair in self._select_pairs_to_compare(first, second).tolist():
-            # A pair is one number, later * texts + earlier.
             later, earlier = divmod(pair, self._text_count)
             root = self.sets.find_root(earlier)
             other_root = self.sets.find_root(later)
@@ -200,12 +192,7 @@ class _Grouping:
         return pairs_united
 
     def _select_pairs_to_compare(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return those of some pairs that have to be compared exactly, without duplicates.
-
-        Returns:
-            Each pair as one number, later * texts + earlier: of 100 texts, 12 and 7 are the pair
-            1207.
-        """
+        """Return those of some pairs that have to be compared exactly, as numbers, without duplicates."""
         earlier = np.minimum(first, second)
         later = np.maximum(first, second)
 
@@ -223,12 +210,7 @@ class _Grouping:
 
 
 def split_into_batches(texts: np.ndarray, pair_counts: np.ndarray) -> list[np.ndarray]:
-    """Split texts into batches that have about LISTED_PAIRS pairs each.
-
-    Args:
-        texts: The numbers of the texts (texts,).
-        pair_counts: How many pairs each is in (texts,).
-    """
+    """Split texts, each of which is in some number of pairs, into batches of about LISTED_PAIRS pairs."""
     # For example, if LISTED_PAIRS was 10, these texts would make three batches:
     #     pair_counts    4   4 |  4   4 |  9
     #     pairs_up_to    4   8 | 12  16 | 25      a batch begins where 10, 20, … is reached

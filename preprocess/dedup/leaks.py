@@ -37,8 +37,7 @@ class Leak:
 class Window:
     """The texts begin:end in order of size, which are searched for similar pairs at once.
 
-    The longer text of such a pair is one from `first_longer` on; the shorter one is any text before
-    it.
+    The longer text of a pair is one from `first_longer` on; the shorter one is any text before it.
     """
 
     begin: int

@@ -151,13 +151,7 @@ def build_prefix_index(
 
 
 def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.ndarray:
-    """Return the ranks of the rarest n-grams of a text, of which the last is the largest.
-
-    Args:
-        codes: The hashes of the text's n-grams.
-        frequency: In how many texts an n-gram of each bucket is.
-        count: How many of the n-grams to return.
-    """
+    """Return the ranks of the `count` rarest n-grams of a text, of which the last is the largest."""
     buckets = find_buckets(codes, frequency)
     gram_frequency = frequency[buckets].astype(np.uint64)
 
@@ -175,15 +169,13 @@ def find_candidates(
 ) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
-    Texts are named by their number in the index, which has them in the order of their sizes.
-
     Args:
         index: Built with the same threshold.
         threshold: The Jaccard similarity.
         first_longer: The first text that is of interest as the longer one of a pair.
 
     Yields:
-        The longer and the shorter text of each pair.
+        The longer and the shorter text of each pair, by their numbers in the index.
     """
     ranges = show_progress(_split_texts(index), "leak report: nearest neighbours")
     for start, stop in ranges:
