@@ -130,9 +130,12 @@ class _Grouping:
 
         This is repeated for as long as more than LEAST_SHARE_UNITED of the pairs are.
         """
-        first, second = self._draw_pairs(keys)
-        while self._unite_pairs(first, second) > LEAST_SHARE_UNITED * len(first):
+        share_united = 1.0
+        while share_united > LEAST_SHARE_UNITED:
             first, second = self._draw_pairs(keys)
+            if len(first) == 0:
+                return
+            share_united = self._unite_pairs(first, second) / len(first)
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
         """Compare all texts of equal keys that are in different groups, and unite the similar ones."""

@@ -48,6 +48,7 @@ def test_every_row_is_kept_or_rejected_with_a_reason_and_the_table_says_so(train
     row = next(line.split() for line in lines if line.strip().startswith("train"))
     assert row[:7] == ["train", "62", "60", "0", "empty", "answer:", "2"]
     assert any("60 pairs in 60 groups" in line for line in lines)
+    assert "beside the folds" not in result.output
     assert any(line.startswith("leak report: no prompt has another of similarity 0.7 or more") for line in lines)
 
 
