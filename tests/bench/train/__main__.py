@@ -83,13 +83,7 @@ def main(pairs: Path, base: str, trained: int, rounds: int) -> None:
 
 
 def add_round(results: dict, folder: Path, names: list[str]) -> None:
-    """Run contenders in turns, and add their figures.
-
-    Args:
-        results: Its `runs` hold each contender's figures by round.
-        folder: Holds what work.write_base and work.write_rows wrote.
-        names: In CONTENDERS.
-    """
+    """Run contenders in turns, and add their figures to `runs` of the results, which has them by round."""
     for name in names:
         contender = CONTENDERS[name]
         imports = contenders.SLOW_IMPORTS

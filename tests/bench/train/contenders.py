@@ -123,13 +123,7 @@ class MeasuringPlugin(BasePlugin):
 
 
 def write_recipe(folder: Path, name: str, changes: dict) -> Path:
-    """Write ours.yml: a recipe on the bench's rows and model, measured.
-
-    Args:
-        folder: Holds what work.write_base and work.write_rows wrote.
-        name: The recipe's.
-        changes: Keys that differ, in the `pairwise:` block too; None takes a key away.
-    """
+    """Write ours.yml: a recipe on the bench's rows and model, measured; a change to None takes a key away."""
     values = read_yaml(find_recipe(name))
     block = values["pairwise"] | changes.get("pairwise", {})
     block |= {"pairs": str(folder / "pairs.parquet"), "fold": HELD_OUT_FOLD}

@@ -64,14 +64,7 @@ SWITCHES = {
 
 
 def write_inputs(folder: Path, recipe: str, pairs: Path, trained: int) -> None:
-    """Write the rows, and base/: random bf16 weights and a tokenizer of the rows' texts.
-
-    Args:
-        folder: Where they are written.
-        recipe: Of which the base model's shape is on record.
-        pairs: A pairs.parquet.
-        trained: How many pairs to train on.
-    """
+    """Write the rows, and base/: random bf16 weights of a recipe's base model, and a tokenizer of the rows' texts."""
     values = read_yaml(find_recipe(recipe))
     sizes = read_records()[values["base_model"]]["config"]
     config = AutoConfig.for_model(**sizes, num_labels=1, pad_token_id=0, dtype=torch.bfloat16)
@@ -102,17 +95,10 @@ def measure_matrix_rate() -> float:
 def measure_switches(folder: Path, recipe: str, adapters: list[str], switches: list[str]) -> dict:
     """Train with each adapter, everything off and then with one switch on; each in a process.
 
-    Args:
-        folder: Holds base/ and the rows.
-        recipe: Gives all other keys.
-        adapters: Names in ADAPTERS.
-        switches: Names in SWITCHES.
-
     Returns:
         The figures, see work.Measured, by adapter and switch; an error's text where one failed.
     """
     figures = {}
-
     for adapter in adapters:
         for switch in switches:
             name = f"{adapter}, {switch}"

@@ -71,16 +71,7 @@ def read_clock() -> float:
 
 
 def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
-    """Draw pairs that have a winner; the first fold is held out, the next one is trained on.
-
-    Args:
-        pairs: A pairs.parquet.
-        trained: How many pairs to train on.
-        held_out: How many pairs to measure the loss on.
-
-    Raises:
-        UserError: The file holds fewer.
-    """
+    """Draw pairs that have a winner: `held_out` in the first fold, `trained` in the next one."""
     rows = read_pairs(pairs).filter(role="train").filter(pl.col("winner") != "tie")
     if len(rows) < trained + held_out:
         raise UserError(
@@ -103,12 +94,7 @@ def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
 
 
 def write_base(folder: Path, base: str) -> None:
-    """Write base/: a model with a new head, and without dropout, which TRL turns off.
-
-    Args:
-        folder: Where base/ is written.
-        base: A model without a head: its folder, or its name on the hub.
-    """
+    """Write base/: `base` with a new head, and without dropout, which TRL turns off."""
     set_seed(SEED)
     config = AutoConfig.from_pretrained(base, num_labels=1)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -122,13 +108,7 @@ def write_base(folder: Path, base: str) -> None:
 
 
 def write_rows(folder: Path, rows: pl.DataFrame, block: dict) -> None:
-    """Write pairs.parquet, and train/ and held_out/ with the same rows as token ids.
-
-    Args:
-        folder: Holds base/.
-        rows: As draw_rows gives them.
-        block: The recipe's `pairwise:` block.
-    """
+    """Write pairs.parquet, and train/ and held_out/ with the same rows as token ids, beside base/."""
     rows.write_parquet(folder / "pairs.parquet")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     contract = new_contract(
@@ -149,16 +129,12 @@ def write_rows(folder: Path, rows: pl.DataFrame, block: dict) -> None:
 
 def choose(rows: pl.DataFrame, sequences: list[list[list[int]]]) -> Dataset:
     """Return a dataset as TRL reads it: the ids of the chosen and of the rejected response."""
-    chosen = []
-    rejected = []
-    for winner, (ids_a, ids_b) in zip(rows["winner"], sequences, strict=True):
-        a_won = winner == "model_a"
-        chosen.append(ids_a if a_won else ids_b)
-        rejected.append(ids_b if a_won else ids_a)
-
-    lengths = [max(len(ids_a), len(ids_b)) for ids_a, ids_b in sequences]
-    columns = {"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths}
-    return Dataset.from_dict(columns)
+    pairs = []
+    for winner, ids in zip(rows["winner"], sequences, strict=True):
+        chosen, rejected = ids if winner == "model_a" else reversed(ids)
+        length = max(len(chosen), len(rejected))
+        pairs.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
+    return Dataset.from_list(pairs)
 
 
 class Measurement(TrainerCallback):
