@@ -103,9 +103,7 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
 def _describe_wrong_choice(value: object, expected: str) -> str:
     """Return the message for a value that is none of those to choose from.
 
-    Args:
-        value: The value.
-        expected: Those to choose from, as pydantic lists them: "'a', 'b' or 'c'".
+    pydantic lists those to choose from, `expected`, as "'a', 'b' or 'c'".
     """
     choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
     message = f"expected one of {', '.join(choices)}, found {value!r}"
@@ -128,18 +126,14 @@ def without_echo(problems: list[dict], allowed_keys: Iterable[str]) -> list[dict
     """
     meant_keys = set()
     for problem in problems:
-        is_unknown_key = problem["type"] == "extra_forbidden"
-        if is_unknown_key:
+        if problem["type"] == "extra_forbidden":
             mistyped_key = problem["loc"][-1]
             meant_keys.add(nearest(mistyped_key, allowed_keys))
 
-    remaining = []
-    for problem in problems:
-        is_missing_key = problem["type"] == "missing"
-        is_echo = is_missing_key and problem["loc"][-1] in meant_keys
-        if not is_echo:
-            remaining.append(problem)
-    return remaining
+    def is_echo(problem: dict) -> bool:
+        return problem["type"] == "missing" and problem["loc"][-1] in meant_keys
+
+    return [problem for problem in problems if not is_echo(problem)]
 
 
 def hint(value: object) -> str:
@@ -149,12 +143,11 @@ def hint(value: object) -> str:
     if not isinstance(value, str):
         return ""
 
-    # YAML reads some numbers as text, e.g. 1e-5.
+    # YAML reads some numbers as text, e.g. 1e-5; "nan" and "inf" are more likely to be words.
     try:
         number = float(value)
     except ValueError:
-        return ""
-    # "nan" and "inf" are more likely to be words.
+        number = math.nan
     if not math.isfinite(number):
         return ""
     return f" (YAML reads that as text: write {plain(number)})"

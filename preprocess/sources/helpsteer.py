@@ -36,8 +36,7 @@ def read_preference(value: object) -> float | None:
         return None
 
     # NaN compares with nothing, so that it is refused as well.
-    is_grade = -MOST_PREFERENCE <= preference <= MOST_PREFERENCE
-    return preference if is_grade else None
+    return preference if -MOST_PREFERENCE <= preference <= MOST_PREFERENCE else None
 
 
 LAYOUT = Layout(

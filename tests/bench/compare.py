@@ -6,8 +6,6 @@ tracking.metrics scores: rows without a winner do not count for accuracy.
 The interval of an accuracy is a bootstrap over groups of prompts, since rows that share a prompt are no independent evidence.
 """
 
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
 from recipes.pairwise.tracking import metrics
+from tests.bench.processes import run_command
 
 ROOT = Path(__file__).parents[2]
 KERAS = ROOT / ".venv-keras" / "bin" / "python"
@@ -89,14 +88,14 @@ def read_fold(pairs: Path, number: int) -> Fold:
     return Fold(pairs, number, sha256(pairs), train_rows.sort("id"), held_out.sort("id"))
 
 
-def run_folder(name: str, fold: int) -> Path:
+def run_folder(name: str, fold: Fold) -> Path:
     """Where a method's run of a fold is written."""
-    return OUTPUTS / name / f"fold-{fold}"
+    return OUTPUTS / name / f"fold-{fold.number}"
 
 
 def find_run(name: str, fold: Fold) -> Path | None:
     """The folder of a method's run on these pairs and this fold since its recipe last changed, if there is one."""
-    folder = run_folder(name, fold.number)
+    folder = run_folder(name, fold)
     metrics_file = folder / "metrics.json"
     if not metrics_file.is_file() or not (folder / "predictions.parquet").is_file():
         return None
@@ -109,7 +108,7 @@ def find_run(name: str, fold: Fold) -> Path | None:
 
 def train(name: str, fold: Fold, base: Path | None) -> None:
     """Train a method on the fold's training rows; its run folder then holds predictions.parquet and metrics.json."""
-    out = run_folder(name, fold.number)
+    out = run_folder(name, fold)
     if name in ("longer", "tfidf"):
         started = time.monotonic()
         predict = longer if name == "longer" else tfidf
@@ -117,20 +116,15 @@ def train(name: str, fold: Fold, base: Path | None) -> None:
         write_run(out, p_a, fold, time.monotonic() - started)
         return
 
-    environment = dict(os.environ)
     if name == "siamese":
         if not KERAS.is_file():
             raise UserError(f"{KERAS}: absent; `make setup` makes the environment that has Keras")
-        command = [str(KERAS), str(ROOT / "recipes" / "siamese.py")]
-        command += ["--pairs", str(fold.pairs), "--fold", str(fold.number), "--out", str(out)]
+        options = ["--pairs", str(fold.pairs), "--fold", str(fold.number), "--out", str(out)]
+        run_command(str(KERAS), str(ROOT / "recipes" / "siamese.py"), *options)
     else:
-        command = ["axolotl", "train", f"recipes/{name}.yml"]
-        if base:
-            command += ["--base-model", str(base)]
-        environment |= {"PAIRWISE_PAIRS": str(fold.pairs), "PAIRWISE_FOLD": str(fold.number), "AXOLOTL_DO_NOT_TRACK": "1"}
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise UserError(f"{name}: `{' '.join(command)}` ended with exit code {code}; run this again to go on from here")
+        options = ["--base-model", str(base)] if base else []
+        variables = {"PAIRWISE_PAIRS": str(fold.pairs), "PAIRWISE_FOLD": str(fold.number)}
+        run_command("axolotl", "train", f"recipes/{name}.yml", *options, **variables)
 
 
 def longer(train_rows: pl.DataFrame, rows: pl.DataFrame) -> np.ndarray:

@@ -6,7 +6,6 @@ ladder goes on where it was. All rungs are scored on the lockbox, by the code of
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,12 +20,13 @@ from postprocess.report import metrics
 from postprocess.report.predictions import Predictions, join_pairs
 from postprocess.run_folder import read_run
 from preprocess.core.errors import UserError, exits_with_2
-from preprocess.core.files import atomic_file, read_json, sha256, write_json
+from preprocess.core.files import atomic_file, read_json, read_yaml, sha256, write_json
 from recipes.pairwise.config.recipe_files import find_recipe
 from recipes.pairwise.config.schema import Recipe, read_recipe
 from recipes.pairwise.cv import is_complete
 from recipes.pairwise.data.datasets import list_folds, read_pairs
 from recipes.pairwise.data.teacher_labels import LABELS
+from tests.bench.processes import run_command
 
 FOLDER = Path("outputs/ladder")
 TEACHER = "votes"
@@ -79,33 +79,10 @@ class Result:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row of the table."""
-
-    method: str
-    accuracy: metrics.Estimate
-    accuracy_change: metrics.Estimate
-    log_loss: metrics.Estimate
-    log_loss_change: metrics.Estimate
-    brier_score: metrics.Estimate
-    seconds: float
-
-
 @click.command()
 @click.argument("pairs", type=click.Path(path_type=Path))
-@click.option(
-    "--recipe",
-    default="minilm_reward",
-    show_default=True,
-    help="The recipe whose keys the rungs change.",
-)
-@click.option(
-    "--base",
-    envvar="BASE",
-    type=click.Path(path_type=Path),
-    help="The base model's folder, without a network.",
-)
+@click.option("--recipe", default="minilm_reward", show_default=True, help="The recipe whose keys the rungs change.")
+@click.option("--base", envvar="BASE", type=click.Path(path_type=Path), help="The base model's folder, without a network.")
 @click.option(
     "--without",
     multiple=True,
@@ -160,11 +137,8 @@ def write_recipe(rung: Rung, recipe: Path, pairs: Path, base: Path | None) -> Pa
         recipe: The recipe whose keys it changes.
         pairs: The pairs with all their roles, which only a rung with extra rows trains on.
         base: The base model's folder; None for the recipe's own base model.
-
-    Returns:
-        The file.
     """
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values = read_yaml(recipe)
     if base is not None:
         values["base_model"] = str(base)
     values["output_dir"] = str(FOLDER / rung.name)
@@ -179,8 +153,7 @@ def write_recipe(rung: Rung, recipe: Path, pairs: Path, base: Path | None) -> Pa
 
     file = FOLDER / f"{rung.name}.yml"
     text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
-    is_unchanged = file.is_file() and file.read_text(encoding="utf-8") == text
-    if not is_unchanged:
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
         file.write_text(text, encoding="utf-8")
     return file
 
@@ -199,25 +172,13 @@ def teach(recipe: Recipe) -> None:
     run_command(sys.executable, "-m", "postprocess.labels", str(recipe.path))
 
 
-def run_command(*command: str) -> None:
-    """Run a command, and raise UserError where it fails."""
-    environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
-    exit_code = subprocess.run(command, env=environment, check=False).returncode
-    if exit_code:
-        words = " ".join(command)
-        raise UserError(f"`{words}` ended with exit code {exit_code}; run this again to go on from here")
-
-
 def measure_run(title: str, recipe: Recipe, without: Sequence[str]) -> Result:
     """Score the lockbox with a rung's run, and measure its rows but for those of some sources."""
     lockbox = read_pairs(recipe.pairwise.pairs).filter(role="test")
     run = read_run(recipe)
 
     # Scores that were kept are of no use for a run that was trained again, or for other rows.
-    key = {
-        "contract_sha256": sha256(run.folder / "contract.json"),
-        "pairs_sha256": sha256(recipe.pairwise.pairs),
-    }
+    key = {"contract_sha256": sha256(run.folder / "contract.json"), "pairs_sha256": sha256(recipe.pairwise.pairs)}
     rows = score_rows(run, lockbox, key, run.folder / "lockbox")
 
     seconds = read_json(run.folder / "metrics.json")["seconds_training"]
@@ -239,7 +200,7 @@ def measure_folds(recipe: Recipe, without: Sequence[str]) -> Result:
     return measure("votes, mean of the folds' models", rows, lockbox, recipe, seconds)
 
 
-def compare_on_held_out_folds(without: Sequence[str]) -> list[Line]:
+def compare_on_held_out_folds(without: Sequence[str]) -> list[dict]:
     """Cross-validate the student, and compare it with its teacher on the rows that each fold held out."""
     run_command(sys.executable, "-m", "recipes.pairwise.cv", str(FOLDER / f"{STUDENT}.yml"))
     results = []
@@ -257,82 +218,61 @@ def compare_on_held_out_folds(without: Sequence[str]) -> list[Line]:
     return compare_with_first(results)
 
 
-def measure(
-    title: str,
-    rows: pl.DataFrame,
-    lockbox: pl.DataFrame,
-    recipe: Recipe,
-    seconds: float,
-) -> Result:
-    """Measure predictions of the lockbox.
-
-    Args:
-        title: What the table calls them.
-        rows: The predictions, with the columns of predictions.parquet; perhaps of more rows.
-        lockbox: The rows of the pairs file that are measured.
-        recipe: The recipe, for its verdicts.
-        seconds: How long the training took.
-    """
+def measure(title: str, rows: pl.DataFrame, lockbox: pl.DataFrame, recipe: Recipe, seconds: float) -> Result:
+    """Measure predictions of the lockbox's rows; `rows`, with the columns of predictions.parquet, may have more."""
     measured_rows = rows.join(lockbox, on="id", how="semi")
     rows_with_labels = join_pairs(measured_rows.sort("id"), lockbox)
     predictions = Predictions(recipe.run_folder, rows_with_labels)
-    scored = metrics.score_rows(predictions, recipe.pairwise.verdicts)
-    return Result(title, scored, seconds)
+    return Result(title, metrics.score_rows(predictions, recipe.pairwise.verdicts), seconds)
 
 
-def compare_with_first(results: list[Result]) -> list[Line]:
+def compare_with_first(results: list[Result]) -> list[dict]:
     """Make the table's rows; changes are from the first one, on the same rows and the same resamples."""
     first = results[0].scored
     lines = []
     for result in results:
         scored = result.scored
         gain = scored.estimate_gain(first.is_right_r, first.losses_r)
-        lines.append(
-            Line(
-                method=result.title,
-                accuracy=scored.estimate(scored.is_right_r, scored.is_decided_r),
-                accuracy_change=gain.accuracy,
-                log_loss=scored.estimate(scored.losses_r),
-                log_loss_change=gain.log_loss,
-                brier_score=metrics.estimate_brier_score(scored),
-                seconds=result.seconds,
-            )
-        )
+        estimates = {
+            "accuracy": scored.estimate(scored.is_right_r, scored.is_decided_r),
+            "accuracy_change": gain.accuracy,
+            "log_loss": scored.estimate(scored.losses_r),
+            "log_loss_change": gain.log_loss,
+            "brier_score": metrics.estimate_brier_score(scored),
+        }
+        figures = {name: asdict(estimate) for name, estimate in estimates.items()}
+        lines.append({"method": result.title, **figures, "seconds": result.seconds})
     return lines
 
 
-def write_results(lines: list[Line], pairs: Path) -> None:
+def write_results(lines: list[dict], pairs: Path) -> None:
     """Write outputs/ladder/ladder.json, and print it as a table."""
-    values = {
-        "pairs": str(pairs),
-        "pairs_sha256": sha256(pairs),
-        "methods": [asdict(line) for line in lines],
-    }
+    values = {"pairs": str(pairs), "pairs_sha256": sha256(pairs), "methods": lines}
     write_json(FOLDER / "ladder.json", values)
     print_table(lines)
 
 
-def print_table(lines: list[Line]) -> None:
+def print_table(lines: list[dict]) -> None:
     """Print the table for Markdown."""
     print()
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS))
     for line in lines:
         cells = (
-            line.method,
-            f"{line.accuracy.value:.3f}",
-            format_change(line.accuracy_change),
-            f"{line.log_loss.value:.3f}",
-            format_change(line.log_loss_change),
-            f"{line.brier_score.value:.3f}",
-            f"{line.seconds:.0f}",
+            line["method"],
+            f"{line['accuracy']['value']:.3f}",
+            format_change(line["accuracy_change"]),
+            f"{line['log_loss']['value']:.3f}",
+            format_change(line["log_loss_change"]),
+            f"{line['brier_score']['value']:.3f}",
+            f"{line['seconds']:.0f}",
         )
         print("| " + " | ".join(cells) + " |")
 
 
-def format_change(change: metrics.Estimate) -> str:
+def format_change(change: dict[str, float]) -> str:
     """Format a change with its sign and its 95 % interval."""
-    return f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
+    return f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ of anonymous memory (RssAnon) is read every 20 ms. What they wrote is then compa
 memory do not depend on them.
 """
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -25,20 +25,6 @@ SHAPES = {  # SIZE_NAMES; about Gemma-2's proportions, a billion weights, and tw
 }
 VOCABULARY = 256_000
 RANK = 64
-CONTENDERS = {
-    "ours": "ours: merge, save, nf4",
-    "one_pass": "ours: nf4 in one pass, nothing else saved",
-    "peft32": "PEFT in float32, save, bitsandbytes",
-    "peft16": "PEFT in float16, save, bitsandbytes",
-    "axolotl": "axolotl merge-lora: merge alone",
-}
-# Folders of what is compared with ours.
-RESULTS = {
-    "one_pass": "one-pass",
-    "peft32": "float32",
-    "peft16": "float16",
-    "axolotl": "axolotl",
-}
 BLOCK_BYTES = 2**24
 
 
@@ -158,10 +144,10 @@ def axolotl(folder: Path) -> Callable[[], object]:
     return lambda: merge_lora_sharded_efficient(folder / "base", folder / "run", folder / "axolotl", device="cpu")
 
 
-def floor(folder: Path, out: Path) -> Measured:
-    """Reading base and adapter and writing as many bytes as the result has, one after the other, with an fsync."""
+def measure_floor(folder: Path) -> float:
+    """Seconds for reading base and adapter and writing as many bytes as our result has, one after the other, with an fsync."""
     files = [*(folder / "base").glob("*.safetensors"), folder / "run" / "adapter_model.safetensors"]
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in (folder / "ours").glob("*.safetensors"))
     block = os.urandom(BLOCK_BYTES)
     forget(files)
     started = time.perf_counter()
@@ -175,21 +161,30 @@ def floor(folder: Path, out: Path) -> Measured:
         os.fsync(writing.fileno())
     seconds = time.perf_counter() - started
     (folder / "floor").unlink()
-    return Measured(seconds, 0)
+    return seconds
 
 
-WORK = {
-    "ours": ours,
-    "one_pass": one_pass,
-    "peft32": lambda folder: peft(folder, "float32"),
-    "peft16": lambda folder: peft(folder, "float16"),
-    "axolotl": axolotl,
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table: its title, what prepares its work, and the folder of its result, which is compared with ours."""
+
+    title: str
+    prepare: Callable[[Path], Callable[[], object]]
+    result: str
+
+
+CONTENDERS = {
+    "ours": Contender("ours: merge, save, nf4", ours, "ours"),
+    "one_pass": Contender("ours: nf4 in one pass, nothing else saved", one_pass, "one-pass"),
+    "peft32": Contender("PEFT in float32, save, bitsandbytes", partial(peft, dtype_name="float32"), "float32"),
+    "peft16": Contender("PEFT in float16, save, bitsandbytes", partial(peft, dtype_name="float16"), "float16"),
+    "axolotl": Contender("axolotl merge-lora: merge alone", axolotl, "axolotl"),
 }
 
 
 def run_contender(name: str, folder: Path) -> float:
     """Seconds of one contender's work in this process; importing does not count."""
-    work = WORK[name](folder)
+    work = CONTENDERS[name].prepare(folder)
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -253,24 +248,24 @@ def compare(shape: str, layers: int | None, only: tuple[str, ...]) -> None:
         in_process(make_inputs, folder, shape, layers)
         measured = {name: measure(name, folder) for name in only or CONTENDERS}
         if "ours" in measured:
-            measured["floor"] = floor(folder, folder / "ours")
             report(measured, folder)
 
 
 def report(measured: dict[str, Measured], folder: Path) -> None:
-    """Print the table, and the figures as one line of JSON."""
-    labels = {**CONTENDERS, "floor": "the disk: the same bytes read and written"}
+    """Print the table."""
     ours = measured["ours"]
-    figures = {}
     print(f"{'':<44}{'seconds':>9}{'ours/it':>9}{'RssAnon GB':>12}{'ours/it':>9}  output beside ours")
     for name, run in measured.items():
+        contender = CONTENDERS[name]
         times = ours.seconds / run.seconds
-        memory = ours.peak_bytes / run.peak_bytes if run.peak_bytes else 0
+        memory = ours.peak_bytes / run.peak_bytes
         gigabytes = run.peak_bytes / 1e9
-        output = compared(folder / "ours", folder / RESULTS[name]) if name in RESULTS else ""
-        print(f"{labels[name]:<44}{run.seconds:>9.1f}{times:>9.2f}{gigabytes:>12.2f}{memory:>9.2f}  {output}")
-        figures[name] = {"seconds": round(run.seconds, 1), "peak_gb": round(gigabytes, 2), "output": output}
-    print(json.dumps(figures))
+        output = compared(folder / "ours", folder / contender.result) if run is not ours else ""
+        print(f"{contender.title:<44}{run.seconds:>9.1f}{times:>9.2f}{gigabytes:>12.2f}{memory:>9.2f}  {output}")
+
+    floor_seconds = measure_floor(folder)
+    times = ours.seconds / floor_seconds
+    print(f"{'the disk: the same bytes read and written':<44}{floor_seconds:>9.1f}{times:>9.2f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""Fresh processes for what is measured: nothing that ran before, neither memory nor threads, counts in a figure."""
+"""Fresh processes for what is measured: nothing that ran before, neither memory nor threads, counts in a figure.
+
+Besides, the commands that `make compare` and `make ladder` run.
+"""
 
 import multiprocessing
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+
+from preprocess.core.errors import UserError
 
 
 def fresh_process(imports: Sequence[str] = ()) -> ProcessPoolExecutor:
@@ -11,8 +17,10 @@ def fresh_process(imports: Sequence[str] = ()) -> ProcessPoolExecutor:
 
     With `imports`, modules that take long, it is a fork of a server that has imported them and computed nothing.
     """
-    context = multiprocessing.get_context("forkserver" if imports else "spawn")
-    context.set_forkserver_preload(list(imports))
+    context = multiprocessing.get_context("spawn")
+    if imports:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(imports))
     return ProcessPoolExecutor(1, context, initializer=silence)
 
 
@@ -27,3 +35,12 @@ def in_process(function: Callable, *arguments, imports: Sequence[str] = ()):
     """Return what `function` returns in a fresh process; its exceptions are raised here."""
     with fresh_process(imports) as process:
         return process.submit(function, *arguments).result()
+
+
+def run_command(*command: str, **environment: str) -> None:
+    """Run a command with some variables of the environment, and raise UserError where it fails."""
+    variables = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"} | environment
+    exit_code = subprocess.run(command, env=variables, check=False).returncode
+    if exit_code:
+        words = " ".join(command)
+        raise UserError(f"`{words}` ended with exit code {exit_code}; run this again to go on from here")

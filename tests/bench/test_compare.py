@@ -114,4 +114,4 @@ def test_a_recipe_is_trained_by_axolotl_on_these_pairs_and_this_fold(pairs, tmp_
     ended = CliRunner().invoke(compare.main, [str(pairs), "--fold", "1", "--only", "minilm_cls", "--base", "base"])
     assert (tmp_path / "called").read_text() == f"train recipes/minilm_cls.yml --base-model base {pairs} 1\n"
     assert ended.exit_code == 2
-    assert "error: minilm_cls: `axolotl train recipes/minilm_cls.yml --base-model base` ended with exit code 3" in ended.output
+    assert "error: `axolotl train recipes/minilm_cls.yml --base-model base` ended with exit code 3" in ended.output

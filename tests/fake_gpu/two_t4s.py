@@ -19,43 +19,12 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.placement import split_over
 from kaggle_kernels.runtime.models.shortcuts import reading
 from postprocess.memory.model_size import GIB, activation_bytes, weight_bytes
+from recipes.pairwise.memory.base_model import read_records
 from tests.fake_gpu import fakes
 
 GPUS = ["cuda:0", "cuda:1"]
 # The kernel that PyTorch takes on a T4, and the one that holds every score.
 ATTENTIONS = {"efficient": fakes.efficient_attention, "math": fakes.math_attention}
-CONFIGS = {
-    "google/gemma-2-9b-it": {
-        "model_type": "gemma2",
-        "hidden_size": 3584,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "vocab_size": 256000,
-        "query_pre_attn_scalar": 256,
-    },
-    "meta-llama/Meta-Llama-3-8B-Instruct": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "Qwen/Qwen2.5-14B-Instruct": {
-        "model_type": "qwen2",
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "max_position_embeddings": 32768,
-    },
-}
 # Spec, and the format in place of its recipe's, where another one is walked too.
 CASES = [
     ("gemma2_cls", None),
@@ -87,7 +56,7 @@ def fake_gpus(monkeypatch):
 
 def load(folder, fit, quantize: str, contract) -> torch.nn.Module:
     """Load a checkpoint as a kernel's worker does; where bitsandbytes' own layers cannot be faked, stand-ins follow."""
-    config = CONFIGS[fit.recipe.axolotl["base_model"]]
+    config = read_records()[fit.recipe.axolotl["base_model"]]["config"]
     fakes.write_checkpoint(folder / quantize, config, contract.head, quantize)
     device_map = split_over(folder / quantize, GPUS) if fit.placement == "split" else None
     if quantize not in ("nf4", "int8"):

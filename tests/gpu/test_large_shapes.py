@@ -115,7 +115,6 @@ def test_a_large_model_loads_fits_and_scores_as_computed(recipe, room, gpu_memor
         measure(f"{name}: activations, GiB (computed)", f"{activations / GIB:.2f} ({computed_activations / GIB:.2f})")
         measure(f"{name}: tokens a second", round(tokens_per_second))
         measure(f"{name}: share of the matrix rate", round(share, 3))
-        measure(f"{name}: GiB held before loading", round(held_before / GIB, 2))
         del model
         free_memory()
 

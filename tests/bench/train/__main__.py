@@ -24,9 +24,6 @@ RESULTS = Path("outputs/bench/train.json")
 BASE = read_yaml(find_recipe(contenders.RECIPE))["base_model"]
 HELD_OUT = 24  # pairs
 
-# The runs' processes fork from one that has imported these and computed nothing.
-SLOW_IMPORTS = ("tests.bench.train.contenders", "recipes.pairwise.plugin")
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -79,23 +76,18 @@ def main(pairs: Path, base: str, trained: int, rounds: int) -> None:
         work.write_rows(folder, work.draw_rows(pairs, trained, HELD_OUT), block)
         results = {"pairs": str(pairs), "base": base, "matrix_rate": 0.0, "runs": {}}
         for _ in range(rounds):
+            results["matrix_rate"] = max(results["matrix_rate"], matrix_rate(work.read_clock))
             add_round(results, folder, list(CONTENDERS))
             write_json(RESULTS, results)
     print(format_table(results))
 
 
 def add_round(results: dict, folder: Path, names: list[str]) -> None:
-    """Run contenders in turns, and add their figures.
-
-    Args:
-        results: matrix_rate, the best of all rounds, and runs: each contender's figures by round.
-        folder: Holds what work.write_base and work.write_rows wrote.
-        names: In CONTENDERS.
-    """
-    results["matrix_rate"] = max(results["matrix_rate"], matrix_rate(work.read_clock))
+    """Run contenders in turns, and add their figures to `runs` of the results, which has them by round."""
     for name in names:
         contender = CONTENDERS[name]
-        measured = in_process(contender.train, folder, contender.option, imports=SLOW_IMPORTS)
+        imports = contenders.SLOW_IMPORTS
+        measured = in_process(contender.train, folder, contender.option, imports=imports)
         results["runs"].setdefault(name, []).append(asdict(measured))
         print(f"{name}: {measured.seconds:.1f} s", flush=True)
 

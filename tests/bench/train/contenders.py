@@ -12,12 +12,7 @@ from axolotl.cli.train import do_cli
 from axolotl.integrations.base import BasePlugin, PluginManager
 from datasets import load_from_disk
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
 from preprocess.core.files import read_yaml
@@ -26,6 +21,10 @@ from recipes.pairwise.training import cpu
 from tests.bench.train.work import HELD_OUT_FOLD, SEED, Measured, Measurement
 
 RECIPE = "minilm_reward"
+
+# The runs' processes fork from one that has imported these and computed nothing. On a GPU each starts
+# anew: libraries ask for devices when they are imported, and CUDA does not survive a fork.
+SLOW_IMPORTS = () if torch.cuda.is_available() else (__name__, "tests.forked_imports")
 
 # Of a ratio Axolotl makes other numbers than transformers, and of one step it makes two.
 WARMUP_STEPS = 2
@@ -124,13 +123,7 @@ class MeasuringPlugin(BasePlugin):
 
 
 def write_recipe(folder: Path, name: str, changes: dict) -> Path:
-    """Write ours.yml: a recipe on the bench's rows and model, measured.
-
-    Args:
-        folder: Holds what work.write_base and work.write_rows wrote.
-        name: The recipe's.
-        changes: Keys that differ, in the `pairwise:` block too; None takes a key away.
-    """
+    """Write ours.yml: a recipe on the bench's rows and model, measured; a change to None takes a key away."""
     values = read_yaml(find_recipe(name))
     block = values["pairwise"] | changes.get("pairwise", {})
     block |= {"pairs": str(folder / "pairs.parquet"), "fold": HELD_OUT_FOLD}

@@ -19,7 +19,7 @@ from recipes.pairwise.memory.base_model import GIB, read_records
 from tests import tiny
 from tests.bench.processes import in_process
 from tests.bench.train import work
-from tests.bench.train.contenders import train_with_ours
+from tests.bench.train.contenders import SLOW_IMPORTS, train_with_ours
 
 RESULTS = Path("outputs/bench/train_shapes.json")
 HELD_OUT = 8  # pairs; random weights have nothing to show on them
@@ -64,14 +64,7 @@ SWITCHES = {
 
 
 def write_inputs(folder: Path, recipe: str, pairs: Path, trained: int) -> None:
-    """Write the rows, and base/: random bf16 weights and a tokenizer of the rows' texts.
-
-    Args:
-        folder: Where they are written.
-        recipe: Of which the base model's shape is on record.
-        pairs: A pairs.parquet.
-        trained: How many pairs to train on.
-    """
+    """Write the rows, and base/: random bf16 weights of a recipe's base model, and a tokenizer of the rows' texts."""
     values = read_yaml(find_recipe(recipe))
     sizes = read_records()[values["base_model"]]["config"]
     config = AutoConfig.for_model(**sizes, num_labels=1, pad_token_id=0, dtype=torch.bfloat16)
@@ -102,24 +95,18 @@ def measure_matrix_rate() -> float:
 def measure_switches(folder: Path, recipe: str, adapters: list[str], switches: list[str]) -> dict:
     """Train with each adapter, everything off and then with one switch on; each in a process.
 
-    Args:
-        folder: Holds base/ and the rows.
-        recipe: Gives all other keys.
-        adapters: Names in ADAPTERS.
-        switches: Names in SWITCHES.
-
     Returns:
         The figures, see work.Measured, by adapter and switch; an error's text where one failed.
     """
     figures = {}
-
     for adapter in adapters:
         for switch in switches:
             name = f"{adapter}, {switch}"
             changes = merge_keys(PLAIN, ADAPTERS[adapter], SWITCHES[switch])
 
             try:
-                figures[name] = asdict(in_process(train_with_ours, folder, changes, recipe))
+                run = in_process(train_with_ours, folder, changes, recipe, imports=SLOW_IMPORTS)
+                figures[name] = asdict(run)
             # What memory cannot hold, or a kernel that is not installed, is a figure too.
             except (Exception, SystemExit) as error:
                 figures[name] = f"{type(error).__name__}: {error}"

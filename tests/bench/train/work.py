@@ -14,14 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BatchEncoding,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, TrainerCallback, set_seed
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import PairwiseBlock
@@ -78,16 +71,7 @@ def read_clock() -> float:
 
 
 def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
-    """Draw pairs that have a winner; the first fold is held out, the next one is trained on.
-
-    Args:
-        pairs: A pairs.parquet.
-        trained: How many pairs to train on.
-        held_out: How many pairs to measure the loss on.
-
-    Raises:
-        UserError: The file holds fewer.
-    """
+    """Draw pairs that have a winner: `held_out` in the first fold, `trained` in the next one."""
     rows = read_pairs(pairs).filter(role="train").filter(pl.col("winner") != "tie")
     if len(rows) < trained + held_out:
         raise UserError(
@@ -110,12 +94,7 @@ def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
 
 
 def write_base(folder: Path, base: str) -> None:
-    """Write base/: a model with a new head, and without dropout, which TRL turns off.
-
-    Args:
-        folder: Where base/ is written.
-        base: A model without a head: its folder, or its name on the hub.
-    """
+    """Write base/: `base` with a new head, and without dropout, which TRL turns off."""
     set_seed(SEED)
     config = AutoConfig.from_pretrained(base, num_labels=1)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -129,13 +108,7 @@ def write_base(folder: Path, base: str) -> None:
 
 
 def write_rows(folder: Path, rows: pl.DataFrame, block: dict) -> None:
-    """Write pairs.parquet, and train/ and held_out/ with the same rows as token ids.
-
-    Args:
-        folder: Holds base/.
-        rows: As draw_rows gives them.
-        block: The recipe's `pairwise:` block.
-    """
+    """Write pairs.parquet, and train/ and held_out/ with the same rows as token ids, beside base/."""
     rows.write_parquet(folder / "pairs.parquet")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     contract = new_contract(
@@ -156,16 +129,12 @@ def write_rows(folder: Path, rows: pl.DataFrame, block: dict) -> None:
 
 def choose(rows: pl.DataFrame, sequences: list[list[list[int]]]) -> Dataset:
     """Return a dataset as TRL reads it: the ids of the chosen and of the rejected response."""
-    chosen = []
-    rejected = []
-    for winner, (ids_a, ids_b) in zip(rows["winner"], sequences, strict=True):
-        a_won = winner == "model_a"
-        chosen.append(ids_a if a_won else ids_b)
-        rejected.append(ids_b if a_won else ids_a)
-
-    lengths = [max(len(ids_a), len(ids_b)) for ids_a, ids_b in sequences]
-    columns = {"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths}
-    return Dataset.from_dict(columns)
+    pairs = []
+    for winner, ids in zip(rows["winner"], sequences, strict=True):
+        chosen, rejected = ids if winner == "model_a" else reversed(ids)
+        length = max(len(chosen), len(rejected))
+        pairs.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
+    return Dataset.from_list(pairs)
 
 
 class Measurement(TrainerCallback):
@@ -185,7 +154,7 @@ class Measurement(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Evaluate, then count tokens and time from here on."""
-        self.held_out_before = self.measure_held_out(model)
+        self.held_out_before = measure_loss(model, self.folder, self.padding_free)
         self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
         self.started = read_clock()
 
@@ -199,9 +168,7 @@ class Measurement(TrainerCallback):
         self.hook.remove()
 
         rows = load_from_disk(self.folder / "train")
-        lengths = []
-        for name in ("chosen_ids", "rejected_ids"):
-            lengths += [len(ids) for ids in rows[name]]
+        lengths = [len(ids) for name in ("chosen_ids", "rejected_ids") for ids in rows[name]]
 
         step_over_forward = STEP_OVER_FORWARD
         if isinstance(model, PeftModel):
@@ -219,13 +186,8 @@ class Measurement(TrainerCallback):
             peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             losses=tuple(float(np.mean(quarter)) for quarter in quarters),
             held_out_before=self.held_out_before,
-            held_out_after=self.measure_held_out(model),
+            held_out_after=measure_loss(model, self.folder, self.padding_free),
         )
-
-    def measure_held_out(self, model: nn.Module) -> float:
-        """Return the mean loss on the held-out rows."""
-        rows = load_from_disk(self.folder / "held_out")
-        return measure_loss(model, rows, self.padding_free)
 
     def load_shape(self) -> nn.Module:
         """Return the base model without weights: those of a quantised one are packed."""
@@ -235,12 +197,12 @@ class Measurement(TrainerCallback):
 
 
 @torch.no_grad()
-def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
-    """Return the mean loss of a reward model.
+def measure_loss(model: nn.Module, folder: Path, padding_free: bool) -> float:
+    """Return the mean loss of a reward model on the held-out rows.
 
     Args:
         model: Is in training mode, before and after.
-        rows: As `choose` makes them.
+        folder: Holds what write_rows wrote.
         padding_free: Whether the model takes padding-free batches alone.
     """
     model.eval()
@@ -248,7 +210,7 @@ def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
     collate = PairCollator(None, "reward", VERDICTS, "both", 0, padding_free=padding_free)
     losses = []
 
-    for row in rows:
+    for row in load_from_disk(folder / "held_out"):
         sequences = [row["chosen_ids"], row["rejected_ids"]]
         pair = {"id": "", "sequences": sequences, "labels": [1, 0], "weight": 1}
         batch = BatchEncoding(collate([pair])).to(model.device)

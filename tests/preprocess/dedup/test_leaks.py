@@ -15,10 +15,9 @@ from tests.preprocess.dedup.test_grouping import exact_jaccard, similar_pairs, t
 def test_with_every_prompt_in_a_fold_of_its_own_it_finds_what_brute_force_finds(monkeypatch, threshold, at_once):
     monkeypatch.setattr(prefix_filter, "MEETINGS_AT_ONCE", at_once)
     monkeypatch.setattr(leaks_module, "ENTRIES_AT_ONCE", at_once)
-    texts = texts_with_near_copies(seed=1)
+    texts = texts_with_near_copies(seed=1, families=20)
     leaks = find_leaks(pl.Series(texts), np.arange(len(texts)), threshold)
-    assert len(leaks) == len(similar_pairs(texts, threshold))
-    assert {(leak.first, leak.second) for leak in leaks} == similar_pairs(texts, threshold)
+    assert sorted((leak.first, leak.second) for leak in leaks) == sorted(similar_pairs(texts, threshold))
     assert [leak.similarity for leak in leaks] == sorted((leak.similarity for leak in leaks), reverse=True)
     assert all(leak.similarity == exact_jaccard(texts[leak.first], texts[leak.second]) for leak in leaks)
 

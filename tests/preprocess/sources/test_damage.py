@@ -12,7 +12,7 @@ from preprocess.sources.reader import read_prompts
 from preprocess.sources.rows import ROWS
 from tests.preprocess.sources import test_layouts
 from tests.preprocess.sources.test_reader import GOOD
-from tests.preprocess.sources.whole_files import read_rows
+from tests.preprocess.sources.whole_files import jsonl, read_rows
 
 LAYOUTS = {
     **GOOD,
@@ -27,12 +27,10 @@ def folder(tmp_path_factory):
 
 def write_file(folder, layout: str, suffix: str) -> bytes:
     """Write twenty rows of a layout, and return the bytes; CSV holds texts alone, so that lists become JSON."""
-    rows = []
-    for number in range(20):
-        rows.append(LAYOUTS[layout] | {"id": f"row {number}"})
+    rows = [LAYOUTS[layout] | {"id": f"row {number}"} for number in range(20)]
     path = folder / f"good.{suffix}"
     if suffix == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        jsonl(path, *rows)
     elif suffix == "parquet":
         pl.DataFrame(rows).write_parquet(path)
     else:

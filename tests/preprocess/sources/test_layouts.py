@@ -8,9 +8,8 @@ from preprocess.sources.rows import SHARES, TEXTS
 from tests.preprocess.sources.whole_files import jsonl, read_rows
 
 
-def chat(*texts, first="user") -> list[dict]:
-    speakers = ("user", "assistant") if first == "user" else ("assistant", "user")
-    return [{"role": speakers[at % 2], "content": text} for at, text in enumerate(texts)]
+def chat(*texts) -> list[dict]:
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
 
 
 def parts(text: str) -> list[dict]:
@@ -20,21 +19,16 @@ def parts(text: str) -> list[dict]:
 ARENA_33K = {
     "question_id": "q1",
     "model_a": "chatglm-6b",
-    "model_b": "koala-13b",
     "winner": "tie (bothbad)",
-    "judge": "arena_user_973",
     "conversation_a": chat("p", "a", "q", "b"),
     "conversation_b": chat("p", "c", "q", "d"),
     "turn": 2,
-    "language": "English",
 }
 ARENA_140K = {
     "id": "q2",
     "winner": "both_bad",
-    "evaluation_order": 1,
     "conversation_a": [{"role": "user", "content": parts("p")}, {"role": "assistant", "content": parts("a")}],
     "conversation_b": [{"role": "user", "content": parts("p")}, {"role": "assistant", "content": parts("b")}],
-    "is_code": False,
 }
 PPE = {"question_id": "q3", "model_a": "x", "winner": "model_b", "prompt": "p", "response_1": "a", "response_2": "b"}
 HELPSTEER = {"domain": "general", "context": chat("p", "a", "q"), "response1": "b", "response2": "c", "overall_preference": -2}
@@ -108,8 +102,8 @@ def test_ultrafeedback_s_scores_become_soft_votes_and_equal_ones_a_tie(tmp_path,
 
 
 def test_transcripts_of_hh_are_split_at_the_speakers(tmp_path):
+    pl.DataFrame([HH]).write_parquet(tmp_path / "x.parquet")
     for path in (jsonl(tmp_path / "x.jsonl", HH), tmp_path / "x.parquet"):
-        pl.DataFrame([HH]).write_parquet(tmp_path / "x.parquet")
         (row,) = read_rows(path).to_dicts()
         assert row["prompt"] == ["p", "q"]
         assert sorted([row["response_a"], row["response_b"]]) == [["a", "Human: good"], ["a", "bad"]]
