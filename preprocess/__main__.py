@@ -20,8 +20,6 @@ from preprocess.pairs import Pairs, make_pairs
 from preprocess.sources.reader import read_prompts
 from preprocess.stream import Source, read_facts, write_pairs
 
-PATH = click.Path(path_type=Path)
-FILES = {"multiple": True, "metavar": "FILE…", "type": PATH}
 OPTIONS_OF_FILES = ("--extra", "--pool", "--against")
 
 
@@ -32,13 +30,17 @@ class _Command(click.Command):
         """Turn --extra A B into --extra A --extra B, since click takes one value an option."""
         expanded_args = []
         last_option = ""
+        previous_arg = ""
         for arg in args:
-            if arg.startswith("-"):
+            is_option = arg.startswith("-")
+            follows_its_option = previous_arg == last_option
+            if is_option:
                 last_option = arg
-            elif last_option in OPTIONS_OF_FILES and expanded_args[-1] != last_option:
+            elif last_option in OPTIONS_OF_FILES and not follows_its_option:
                 # This is a further file of the option: repeat the option before it.
                 expanded_args.append(last_option)
             expanded_args.append(arg)
+            previous_arg = arg
         return super().parse_args(ctx, expanded_args)
 
 
@@ -59,8 +61,12 @@ class ShareOrFile(click.ParamType):
 
 
 @click.command(cls=_Command)
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE…", type=PATH)
-@click.option("--out", required=True, type=PATH, help="pairs.parquet to write.")
+@click.argument(
+    "sources", nargs=-1, required=True, metavar="SOURCE…", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="pairs.parquet to write."
+)
 @click.option(
     "--folds", default=5, show_default=True, type=click.IntRange(2, 100), help="Number of folds."
 )
@@ -73,10 +79,18 @@ class ShareOrFile(click.ParamType):
 )
 @click.option(
     "--extra",
-    **FILES,
+    multiple=True,
+    metavar="FILE…",
+    type=click.Path(path_type=Path),
     help="Files whose rows are trained on, but never validated on, e.g. pairs that models judged.",
 )
-@click.option("--pool", **FILES, help="Files of rows without a verdict, for teachers to label.")
+@click.option(
+    "--pool",
+    multiple=True,
+    metavar="FILE…",
+    type=click.Path(path_type=Path),
+    help="Files of rows without a verdict, for teachers to label.",
+)
 @click.option(
     "--test",
     type=ShareOrFile(),
@@ -84,7 +98,9 @@ class ShareOrFile(click.ParamType):
 )
 @click.option(
     "--against",
-    **FILES,
+    multiple=True,
+    metavar="FILE…",
+    type=click.Path(path_type=Path),
     help="Files, e.g. a test set, that no source may share a prompt with.",
 )
 @exits_with_2
@@ -104,15 +120,7 @@ def main(  # noqa: PLR0913  an argument for each option
     Rows that cannot be used go to a file beside --out, with a reason.
     """
     rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
-    # Training rows come first: their prompts name the groups.
-    files_by_role = {"train": sources, "extra": extra, "pool": pool, "test": ()}
-    test_share = 0.0
-    if isinstance(test, Path):
-        files_by_role["test"] = (test,)
-    elif test is not None:
-        test_share = test
-    inputs = [Source(path, role) for role, paths in files_by_role.items() for path in paths]
-
+    inputs = list_sources(sources, extra, pool, test)
     _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
     rows = read_facts(inputs)
@@ -120,6 +128,7 @@ def main(  # noqa: PLR0913  an argument for each option
     # What the report and the ledger say of rows that are no pairs; not the prompts, which would stay in memory.
     rows = rows.select("file", "source", "role", "reason")
 
+    test_share = test if isinstance(test, float) else 0.0
     pairs = make_pairs(usable, folds, threshold, test_share)
     del usable
 
@@ -130,7 +139,8 @@ def main(  # noqa: PLR0913  an argument for each option
 
     # Nothing is written before this has passed.
     _check_leaks(pairs, held_back, threshold)
-    console.print(report.no_leaks(threshold, against), soft_wrap=True)
+    against_names = [path.name for path in against]
+    console.print(report.no_leaks(threshold, against_names), soft_wrap=True)
 
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
         write_pairs(inputs, pairs, temporary, temporary_rejected)
@@ -140,13 +150,13 @@ def main(  # noqa: PLR0913  an argument for each option
         soft_wrap=True,
     )
 
-    described_sources = []
-    for source in inputs:
-        row_count = rows.filter(file=str(source.path)).height
-        described_sources.append(_describe_file(source.path, row_count) | {"role": source.role})
     ledger.record(
         "pairs",
-        sources=described_sources,
+        sources=[
+            _describe_file(source.path, rows.filter(file=str(source.path)).height)
+            | {"role": source.role}
+            for source in inputs
+        ],
         against=[_describe_file(path, table.height) for path, table in held_back.items()],
         pairs=out,
         pairs_sha256=ledger.fingerprint(out),
@@ -158,6 +168,21 @@ def main(  # noqa: PLR0913  an argument for each option
 def _describe_file(path: Path, row_count: int) -> dict:
     """Return what the ledger says of a raw file."""
     return {"file": path, "sha256": ledger.fingerprint(path), "rows": row_count}
+
+
+def list_sources(
+    sources: Iterable[Path],
+    extra: Iterable[Path],
+    pool: Iterable[Path],
+    test: float | Path | None,
+) -> list[Source]:
+    """List the files to read with the role of their rows, training rows first: their prompts name the groups."""
+    inputs = [Source(path, "train") for path in sources]
+    inputs += [Source(path, "extra") for path in extra]
+    inputs += [Source(path, "pool") for path in pool]
+    if isinstance(test, Path):
+        inputs.append(Source(test, "test"))
+    return inputs
 
 
 def _check_paths(
@@ -179,6 +204,11 @@ def _check_paths(
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
     """Check that like prompts stand together: in one fold, in the lockbox, or in one held-back file.
 
+    Args:
+        pairs: The pairs with their folds and roles.
+        held_back: The rows of each held-back file.
+        threshold: The similarity from which on two prompts are alike.
+
     Raises:
         UserError: Two like prompts stand apart, which would let a model see in training what it is judged on.
             They are printed first.
@@ -194,7 +224,8 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
 
     # Show the leaks, and end the command before anything is written.
     report.console(sys.stderr).print(report.leaks_table(leaks, prompts))
-    advice = _advise_on_leaks(leaks, prompts["place"], lockbox, held_back)
+    held_back_names = [path.name for path in held_back]
+    advice = _advise_on_leaks(leaks, prompts["place"], lockbox, held_back_names)
     raise UserError(
         f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
         f"To accept prompts this much alike, raise --threshold above their similarity"
@@ -202,10 +233,20 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
 
 
 def _advise_on_leaks(
-    leaks: Iterable[Leak], places: pl.Series, lockbox: int, held_back: Iterable[Path]
+    leaks: Iterable[Leak], places: pl.Series, lockbox: int, held_back_names: list[str]
 ) -> list[str]:
-    """Count the leaks of each kind, and say what to do about them; `places` as _list_prompts numbers them."""
-    into_files = into_lockbox = between_folds = 0
+    """Count the leaks of each kind, and say what to do about them.
+
+    Args:
+        leaks: The leaks.
+        places: Where each prompt stands: its fold, the lockbox's number, or below 0 for a held-back
+            file.
+        lockbox: The number that stands for the lockbox as a place.
+        held_back_names: The names of the held-back files.
+    """
+    into_files = 0
+    into_lockbox = 0
+    between_folds = 0
     for leak in leaks:
         places_of_leak = (places[leak.first], places[leak.second])
         if min(places_of_leak) < 0:
@@ -221,7 +262,7 @@ def _advise_on_leaks(
             f"{into_lockbox:,} between sources and the lockbox (remove these rows from one, or let --test 0.2 draw it)"
         )
     if into_files > 0:
-        file_names = ", ".join(path.name for path in held_back)
+        file_names = ", ".join(held_back_names)
         advice.append(
             f"{into_files:,} between sources and {file_names} (remove these rows from one)"
         )

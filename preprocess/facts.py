@@ -32,13 +32,18 @@ def extract_facts(rows: pl.DataFrame) -> pl.DataFrame:
     """Extract the facts of rows: a frame of the columns FACTS."""
     # A row with a reason cannot be used; all that follows from its texts is null.
     descriptions = []
-    for *texts, reason in rows.select(*TEXTS, "reason").iter_rows():
-        descriptions.append(describe_texts(*texts) if reason is None else {})
+    for prompt, response_a, response_b, reason in rows.select(*TEXTS, "reason").iter_rows():
+        is_usable = reason is None
+        if is_usable:
+            descriptions.append(describe_texts(prompt, response_a, response_b))
+        else:
+            descriptions.append({})
 
     # PyArrow makes columns of dictionaries; a key that is missing becomes null.
     arrow_schema = pl.DataFrame(schema=OF_TEXTS).to_arrow().schema
     arrow_table = pa.Table.from_pylist(descriptions, arrow_schema)
-    return rows.drop(TEXTS).hstack(pl.DataFrame(arrow_table, schema=OF_TEXTS))
+    of_texts = pl.DataFrame(arrow_table, schema=OF_TEXTS)
+    return rows.drop(TEXTS).hstack(of_texts)
 
 
 def describe_texts(prompt: list[str], response_a: list[str], response_b: list[str]) -> dict:
@@ -47,16 +52,22 @@ def describe_texts(prompt: list[str], response_a: list[str], response_b: list[st
     # is_swapped tells whether B has the smaller one.
     hash_a = hash_turns(response_a)
     hash_b = hash_turns(response_b)
+    responses_hash = min(hash_a, hash_b) + max(hash_a, hash_b)
     return {
         "prompt_text": normalise(prompt),
         "opening": " ".join(prompt)[:OPENING_CHARACTERS],
         "prompt_hash": hash_turns(prompt),
-        "responses_hash": min(hash_a, hash_b) + max(hash_a, hash_b),
+        "responses_hash": responses_hash,
         "is_swapped": hash_a > hash_b,
-        "is_a_longer": len("".join(response_a)) >= len("".join(response_b)),
+        "is_a_longer": count_characters(response_a) >= count_characters(response_b),
     }
 
 
 def hash_turns(turns: list[str]) -> bytes:
     """Hash the turns of a conversation; 128 bits do not collide by accident."""
     return hashlib.sha256("\x00".join(turns).encode("utf-8")).digest()[:HASH_BYTES]
+
+
+def count_characters(turns: list[str]) -> int:
+    """Count the characters of all turns."""
+    return sum(map(len, turns))

@@ -83,16 +83,21 @@ def make_pairs(
     roots = group_prompts(prompts, threshold).tolist()
     number_by_root = {root: group_number(prompts[root]) for root in set(roots)}
     group = pl.Series([number_by_root[root] for root in roots], dtype=pl.Int64)
+    fold = group % folds
 
     # The lockbox comes last: what is like one of its prompts is dropped.
     unique_ids = pl.Series(ids, dtype=pl.String)
-    table = table.with_columns(id=unique_ids, group=group, fold=group % folds)
+    table = table.with_columns(id=unique_ids, group=group, fold=fold)
     table = draw_lockbox(table, folds, test_share)
     is_dropped = find_like_lockbox(table)
     dropped = table.filter(is_dropped).with_columns(reason=pl.lit(LIKE_LOCKBOX))
 
     types = {name: dtype for name, dtype in PAIRS.items() if name not in TEXTS}
-    return Pairs(table.filter(~is_dropped).cast(types), united, dropped)
+    return Pairs(
+        table=table.filter(~is_dropped).cast(types),
+        united=united,
+        dropped=dropped,
+    )
 
 
 def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
@@ -100,23 +105,37 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
     # Each group draws a lot from 0 to 9,999. The lot is a part of the group's number, a hash, so that
     # rows that are added later change no lot. It comes from the quotient of number and folds: the
     # fold is the remainder, and so all folds lose about the same share of their groups.
-    lot = pl.col("group") // folds % DRAW_STEPS
+    quotient = pl.col("group") // folds
+    lot = quotient % DRAW_STEPS
     is_drawn = lot < round(share * DRAW_STEPS)
 
-    # Lockbox rows have the role test, and are in no fold: `when` without `otherwise` gives null.
+    # Lockbox rows have the role test.
     is_training = pl.col("role") == "train"
-    role = pl.when(is_training & is_drawn).then(pl.lit("test")).otherwise("role")
+    role = pl.when(is_training & is_drawn).then(pl.lit("test")).otherwise(pl.col("role"))
     table = table.with_columns(role=role)
-    return table.with_columns(fold=pl.when(pl.col("role") != "test").then("fold"))
+
+    # They are in no fold.
+    is_lockbox = pl.col("role") == "test"
+    fold = pl.when(is_lockbox).then(None).otherwise(pl.col("fold"))
+    return table.with_columns(fold=fold)
 
 
 def find_like_lockbox(table: pl.DataFrame) -> pl.Series:
-    """Return for each row whether it is one of extra or pool that is like a lockbox row: none may be trained on."""
-    # Like prompts are in one group. Training rows are not dropped: if one is like a lockbox row, the
-    # leak report stops the command.
-    is_extra_or_pool = pl.col("role").is_in(["extra", "pool"])
-    has_lockbox_row = (pl.col("role") == "test").any().over("group")
-    return table.select(is_extra_or_pool & has_lockbox_row).to_series()
+    """Find the extra and pool rows whose prompt is like one of the lockbox: none may be trained on.
+
+    Returns:
+        For each row of the table whether it is such a row.
+    """
+    # Like prompts are in one group. Polars wants the values for is_in as a list, which implode
+    # makes.
+    is_lockbox = table["role"] == "test"
+    lockbox_groups = table["group"].filter(is_lockbox).unique()
+    is_group_in_lockbox = table["group"].is_in(lockbox_groups.implode())
+
+    # Training rows are not dropped: if one is like a lockbox row, the leak report stops the
+    # command.
+    is_extra_or_pool = table["role"].is_in(["extra", "pool"])
+    return is_extra_or_pool & is_group_in_lockbox
 
 
 def group_number(prompt: str) -> int:
@@ -147,16 +166,19 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     table = table.with_columns(winner=winner)
 
     # The other rows became part of an earlier one.
-    numbered_rows = rows.with_row_index("first_row")
-    later_rows = numbered_rows.join(totals, on="first_row", how="anti")
-    return table, dict(name_sources(later_rows).value_counts().iter_rows())
+    row_numbers = pl.int_range(rows.height, dtype=first_rows.dtype, eager=True)
+    is_first = row_numbers.is_in(first_rows.implode())
+    later_rows = rows.filter(~is_first)
+    counts = name_sources(later_rows).value_counts()
+    united = dict(counts.iter_rows())
+    return table, united
 
 
 def name_sources(table: pl.DataFrame) -> pl.Series:
     """Name each row's source as the printed table does: with its role where that is extra or pool."""
     is_special = pl.col("role").is_in(["extra", "pool"])
     name = pl.when(is_special).then(pl.format("{} ({})", "source", "role")).otherwise("source")
-    return table.select(name).to_series()
+    return table.select(name.alias("name"))["name"]
 
 
 def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
@@ -225,7 +247,9 @@ def _make_ids_unique(ids: list[str], sources: list[str]) -> list[str]:
         unique_id = row_id
         attempt = 1
         while unique_id in used:
-            unique_id = f"{source}:{row_id}" if attempt == 1 else f"{source}:{row_id}:{attempt}"
+            unique_id = f"{source}:{row_id}"
+            if attempt > 1:
+                unique_id = f"{unique_id}:{attempt}"
             attempt += 1
         used.add(unique_id)
         unique_ids.append(unique_id)

@@ -4,8 +4,6 @@ When the output is piped, its width does not depend on the terminal, so that two
 """
 
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -25,7 +23,6 @@ PROMPT_WIDTH = 40
 SUMMARY_SNIPPET = 60
 HEADINGS = ("source", "read", "kept", "again", "rejected", "language", "A", "B", "tie", "longer")
 LEFT_ALIGNED = ("source", "rejected", "language")
-OTHER_ROLES = {"test": "lockbox", "extra": "extra", "pool": "pool"}
 
 
 def console(stream=None, piped_width: int = PIPED_WIDTH) -> Console:
@@ -55,23 +52,32 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
     for name in names:
         source_rows = rows.filter(name_of_row == name)
         source_pairs = pairs.table.filter(name_of_pair == name)
-        table.add_row(name, *_describe_rows(source_rows, source_pairs, pairs.united.get(name, 0)))
+        rows_united = pairs.united.get(name, 0)
+        cells = _describe_rows(source_rows, source_pairs, rows_united)
+        table.add_row(name, *cells)
 
-    if len(names) > 1:
+    has_several_lines = len(names) > 1
+    if has_several_lines:
+        rows_united = sum(pairs.united.values())
+        cells = _describe_rows(rows, pairs.table, rows_united)
         table.add_section()
-        table.add_row("all", *_describe_rows(rows, pairs.table, sum(pairs.united.values())))
+        table.add_row("all", *cells)
     return table
 
 
 def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
     """Write the cells of a line of the table, but for its name."""
-    # Rows that can be used have no reason.
-    reasons = _count_values(rows["reason"].drop_nulls())
-    rejected = [f"{reason}: {count:,}" for reason, count in reasons.iter_rows()]
+    # Rows that can be used have no reason. The commonest reason comes first.
+    counts = rows["reason"].drop_nulls().value_counts()
+    counts = counts.sort(["count", "reason"], descending=[True, False])
+    rejected = [f"{reason}: {count:,}" for reason, count in counts.iter_rows()]
 
     # Polars' mean leaves nulls out: pool rows, which have no winner, count in none of the shares.
-    win_rates = [(kept["winner"] == verdict).mean() for verdict in VERDICTS]
-    win_rates.append(_does_longer_win(kept).mean())
+    win_rates = []
+    for verdict in VERDICTS:
+        wins = kept["winner"] == verdict
+        win_rates.append(_format_percent(wins.mean()))
+    longer_win_rate = _format_percent(_does_longer_win(kept).mean())
 
     return [
         f"{rows.height:,}",
@@ -79,35 +85,34 @@ def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[
         f"{united:,}",
         "\n".join(rejected) or "0",
         _list_languages(kept["language"]),
-        *map(_format_percent, win_rates),
+        *win_rates,
+        longer_win_rate,
     ]
 
 
 def _does_longer_win(table: pl.DataFrame) -> pl.Series:
     """Return for each pair whether the longer answer won; null for a tie and without a winner."""
     # The longer one wins if A is longer and wins, or if B is longer and wins.
-    longer_wins = pl.col("is_a_longer") == (pl.col("winner") == "model_a")
+    a_wins = pl.col("winner") == "model_a"
+    longer_wins = pl.col("is_a_longer") == a_wins
 
     # In Polars, `when` without `otherwise` gives null.
     is_decided = pl.col("winner") != "tie"
-    return table.select(pl.when(is_decided).then(longer_wins)).to_series()
+    longer_wins_or_null = pl.when(is_decided).then(longer_wins)
+    return table.select(longer_wins_or_null.alias("longer_wins"))["longer_wins"]
 
 
 def _list_languages(languages: pl.Series) -> str:
     """List the commonest languages with their numbers of rows, and sum up the others."""
-    counts = _count_values(languages)
-    commonest = counts.head(LANGUAGES_SHOWN)
-    lines = [f"{language} {count:,}" for language, count in commonest.iter_rows()]
+    counts = languages.value_counts().sort(["count", "language"], descending=[True, False])
+    lines = []
+    for language, count in counts.head(LANGUAGES_SHOWN).iter_rows():
+        lines.append(f"{language} {count:,}")
 
     others = counts["count"][LANGUAGES_SHOWN:]
     if len(others) > 0:
         lines.append(f"{len(others)} more {others.sum():,}")
     return "\n".join(lines)
-
-
-def _count_values(values: pl.Series) -> pl.DataFrame:
-    """Count the values of a column: a frame of them and `count`, the commonest first."""
-    return values.value_counts().sort(["count", values.name], descending=[True, False])
 
 
 def _format_percent(share: float | None) -> str:
@@ -125,8 +130,11 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
     lines.append(f"pairs per fold: {', '.join(sizes)}")
 
-    heights = {name: table.filter(role=role).height for role, name in OTHER_ROLES.items()}
-    role_sizes = [f"{name}: {height:,}" for name, height in heights.items() if height > 0]
+    role_sizes = []
+    for role, name in (("test", "lockbox"), ("extra", "extra"), ("pool", "pool")):
+        size = table.filter(role=role).height
+        if size > 0:
+            role_sizes.append(f"{name}: {size:,}")
     if role_sizes:
         lines.append(f"beside the folds: {', '.join(role_sizes)}")
     if pairs.dropped.height > 0:
@@ -137,8 +145,8 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
 
 def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
     """Say how many groups of like prompts the pairs are in, and which is the largest."""
-    groups = _count_values(table["group"])
-    largest = table.filter(group=groups["group"][0])
+    groups = table["group"].value_counts().sort(["count", "group"], descending=[True, False])
+    largest = table.filter(pl.col("group") == groups["group"][0])
     largest_size = _count(largest.height, "pair")
     largest_prompts = _count(largest["prompt_hash"].n_unique(), "prompt")
     first_prompt = snippet(largest["opening"][0], SUMMARY_SNIPPET)
@@ -148,16 +156,21 @@ def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
     )
 
 
-def no_leaks(threshold: float, against: Iterable[Path]) -> str:
+def no_leaks(threshold: float, against: list[str]) -> str:
     """Write the line that is printed after a comparison of prompts that found no leak."""
     searched = "in a different fold"
     if against:
-        searched += f" or in {', '.join(path.name for path in against)}"
+        searched = f"{searched} or in {', '.join(against)}"
     return f"leak report: no prompt has another of similarity {threshold:g} or more {searched}"
 
 
 def leaks_table(leaks: list[Leak], prompts: pl.DataFrame) -> Table:
-    """Build the table of the first LEAKS_SHOWN leaks; `prompts` are all, with their places and ids."""
+    """Build the table of the first LEAKS_SHOWN leaks.
+
+    Args:
+        leaks: The most similar first.
+        prompts: All prompts by position: place_name (of the fold or file), id and prompt_text.
+    """
     table = Table(
         box=box.SIMPLE_HEAD,
         title="prompts that are alike but stand apart",
@@ -173,8 +186,12 @@ def leaks_table(leaks: list[Leak], prompts: pl.DataFrame) -> Table:
     for leak in leaks[:LEAKS_SHOWN]:
         both_prompts = prompts[[leak.first, leak.second]]
         openings = [snippet(text, SNIPPET) for text in both_prompts["prompt_text"]]
-        columns = (both_prompts["place_name"], both_prompts["id"], openings)
-        table.add_row(f"{leak.similarity:.3f}", *map("\n".join, columns))
+        table.add_row(
+            f"{leak.similarity:.3f}",
+            "\n".join(both_prompts["place_name"]),
+            "\n".join(both_prompts["id"]),
+            "\n".join(openings),
+        )
 
     leaks_left = len(leaks) - LEAKS_SHOWN
     if leaks_left > 0:

@@ -48,7 +48,12 @@ def read_facts(sources: Iterable[Source]) -> pl.DataFrame:
     return pl.concat(extract_facts(batch) for batch in read_sources(sources, "reading"))
 
 
-def write_pairs(sources: Iterable[Source], pairs: Pairs, out: Path, rejected: Path) -> None:
+def write_pairs(
+    sources: Iterable[Source],
+    pairs: Pairs,
+    out: Path,
+    rejected: Path,
+) -> None:
     """Read the sources again, and write the pairs, and the rows that were rejected or dropped.
 
     Raises:
@@ -75,29 +80,33 @@ def write_pairs(sources: Iterable[Source], pairs: Pairs, out: Path, rejected: Pa
 
 def select_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     """Return the pairs that are among some rows, with their texts: a frame of the schema PAIRS."""
-    # A pair has the position of its first row, whose texts are its own.
-    return _restore_texts(pairs, rows).select(PAIRS.names())
+    # A pair has the position of its first row, whose texts are its own. The join leaves out all
+    # other rows, since it keeps only positions that both frames have.
+    texts = rows.select("position", *TEXTS)
+    decisions = _select_positions(pairs, rows)
+    return texts.join(decisions, on="position", maintain_order="left").select(PAIRS.names())
 
 
 def select_rejected(rows: pl.DataFrame, dropped: pl.DataFrame) -> pl.DataFrame:
     """Return those of some rows that cannot be used, and those that were dropped: the columns REJECTED."""
-    columns = ["position", *REJECTED]
-    unusable = rows.filter(pl.col("reason").is_not_null()).select(columns)
-    dropped_rows = _restore_texts(dropped, rows).select(columns)
+    unusable = rows.filter(pl.col("reason").is_not_null())
+
+    # Dropped rows get their texts back. The join keeps only positions that both frames have.
+    texts = rows.select("position", *TEXTS)
+    dropped_here = _select_positions(dropped, rows)
+    dropped_rows = texts.join(dropped_here, on="position")
 
     # Both kinds, in the order of the source.
-    return pl.concat([unusable, dropped_rows]).sort("position").select(REJECTED)
+    columns = ["position", *REJECTED]
+    both = pl.concat([unusable.select(columns), dropped_rows.select(columns)])
+    return both.sort("position").select(REJECTED)
 
 
-def _restore_texts(table: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return the part of a table that is about a batch of rows, with their texts, in their order."""
+def _select_positions(table: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the part of a table that is about a batch of rows."""
     first = rows["position"].min()
     last = rows["position"].max()
-    part = table.filter(pl.col("position").is_between(first, last))
-
-    # The join keeps only positions that both frames have.
-    texts = rows.select("position", *TEXTS)
-    return texts.join(part, on="position", maintain_order="left")
+    return table.filter(pl.col("position").is_between(first, last))
 
 
 def _open_writer(path: Path, columns: Iterable[str]) -> parquet.ParquetWriter:

@@ -17,8 +17,6 @@ import yaml
 
 from preprocess.core.errors import UserError
 
-WRITE_AGAIN = "write it again with the command that made it"
-
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
@@ -185,15 +183,19 @@ def read_json(path: Path | str):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {WRITE_AGAIN}") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); write it again with the command that made it"
+        ) from None
 
 
 def read_object(path: Path | str) -> dict:
     """Read a JSON file that holds one object; raise UserError for anything else."""
     values = read_json(path)
     if not isinstance(values, dict):
-        kind = type(values).__name__
-        raise UserError(f"{path}: expected an object, found {kind}; {WRITE_AGAIN}")
+        raise UserError(
+            f"{path}: expected an object, found {type(values).__name__}; "
+            "write it again with the command that made it"
+        )
     return values
 
 

@@ -43,7 +43,8 @@ GIT_TIMEOUT_SECONDS = 20
 
 def ledger_path() -> Path:
     """Return PAIRWISE_LEDGER where it is set, else LEDGER in the working directory."""
-    return Path(os.environ.get("PAIRWISE_LEDGER") or LEDGER)
+    path_from_environment = os.environ.get("PAIRWISE_LEDGER")
+    return Path(path_from_environment or LEDGER)
 
 
 def record(event: str, **fields) -> dict:
@@ -60,15 +61,14 @@ def record(event: str, **fields) -> dict:
     if event not in EVENTS:
         raise ValueError(f"{event}: no event of the ledger; expected {', '.join(EVENTS)}")
 
-    # Fields of the event come last, so that they win over the common ones.
     versions = installed_versions(RECORDED_PACKAGES)
-    entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "event": event,
-        **git_state(),
-        "versions": {name: number for name, number in versions.items() if number != "absent"},
-        **fields,
-    }
+    versions = {name: number for name, number in versions.items() if number != "absent"}
+
+    # Fields of the event come last, so that they win over the common ones.
+    entry: dict = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
+    entry.update(git_state())
+    entry["versions"] = versions
+    entry.update(fields)
     line = json.dumps(entry, default=str)
 
     # The event has happened: a full disk must not end the command.
@@ -76,7 +76,8 @@ def record(event: str, **fields) -> dict:
     try:
         _append_line(path, line)
     except OSError as error:
-        _warn(f"{path}: cannot be written ({error.strerror}); it lacks this {event}")
+        warning = f"{path}: cannot be written ({error.strerror}); it lacks this {event}"
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
     return json.loads(line)
 
@@ -108,15 +109,13 @@ def read() -> list[dict]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             entry = None
-        if isinstance(entry, dict) and entry.get("event") in EVENTS:
+        is_entry = isinstance(entry, dict) and entry.get("event") in EVENTS
+        if is_entry:
             entries.append(entry)
         else:
-            _warn(f"{path}: line {line_number} is no entry (cut short?), and is left out")
+            warning = f"{path}: line {line_number} is no entry (cut short?), and is left out"
+            print(f"warning: {warning}", file=sys.stderr)
     return entries
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _append_line(path: Path, line: str) -> None:
@@ -130,9 +129,11 @@ def _append_line(path: Path, line: str) -> None:
         size_before = os.fstat(file).st_size
 
         # After a line that a kill cut short, start a new one, so that only the cut line is lost.
+        is_empty = size_before == 0
+        ends_in_newline = is_empty or os.pread(file, 1, size_before - 1) == b"\n"
+        if not ends_in_newline:
+            line = "\n" + line
         content = f"{line}\n".encode()
-        if size_before > 0 and os.pread(file, 1, size_before - 1) != b"\n":
-            content = b"\n" + content
 
         # On a full disk, write takes only a part of the line, and says how much. Remove this part.
         bytes_written = os.write(file, content)
@@ -158,8 +159,8 @@ def git_state() -> dict[str, str | bool | None]:
     if description == "unknown":
         return {"git_commit": None, "git_dirty": None}
 
-    commit = description.removesuffix("-dirty")
-    return {"git_commit": commit, "git_dirty": description != commit}
+    is_dirty = description.endswith("-dirty")
+    return {"git_commit": description.removesuffix("-dirty"), "git_dirty": is_dirty}
 
 
 def git_commit() -> str:

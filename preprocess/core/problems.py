@@ -103,7 +103,9 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
 def _describe_wrong_choice(value: object, expected: str) -> str:
     """Return the message for a value that is none of those to choose from.
 
-    pydantic lists those to choose from, `expected`, as "'a', 'b' or 'c'".
+    Args:
+        value: The value.
+        expected: Those to choose from, as pydantic lists them: "'a', 'b' or 'c'".
     """
     choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
     message = f"expected one of {', '.join(choices)}, found {value!r}"
@@ -126,14 +128,18 @@ def without_echo(problems: list[dict], allowed_keys: Iterable[str]) -> list[dict
     """
     meant_keys = set()
     for problem in problems:
-        if problem["type"] == "extra_forbidden":
+        is_unknown_key = problem["type"] == "extra_forbidden"
+        if is_unknown_key:
             mistyped_key = problem["loc"][-1]
             meant_keys.add(nearest(mistyped_key, allowed_keys))
 
-    def is_echo(problem: dict) -> bool:
-        return problem["type"] == "missing" and problem["loc"][-1] in meant_keys
-
-    return [problem for problem in problems if not is_echo(problem)]
+    remaining = []
+    for problem in problems:
+        is_missing_key = problem["type"] == "missing"
+        is_echo = is_missing_key and problem["loc"][-1] in meant_keys
+        if not is_echo:
+            remaining.append(problem)
+    return remaining
 
 
 def hint(value: object) -> str:
@@ -143,11 +149,12 @@ def hint(value: object) -> str:
     if not isinstance(value, str):
         return ""
 
-    # YAML reads some numbers as text, e.g. 1e-5; "nan" and "inf" are more likely to be words.
+    # YAML reads some numbers as text, e.g. 1e-5.
     try:
         number = float(value)
     except ValueError:
-        number = math.nan
+        return ""
+    # "nan" and "inf" are more likely to be words.
     if not math.isfinite(number):
         return ""
     return f" (YAML reads that as text: write {plain(number)})"

@@ -113,7 +113,8 @@ class _Grouping:
         # Only whole bands: 256 hashes in bands of 9 begin at 0, 9, …, 243, and the last four are
         # left out.
         band_rows = count_band_rows(self._threshold)
-        band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
+        latest_start = PERMUTATIONS - band_rows
+        band_starts = range(0, latest_start + 1, band_rows)
 
         # Where most texts of a key are alike, a few partners drawn at random unite them.
         for band_start in show_progress(band_starts, "finding prompts that look alike"):
@@ -135,13 +136,18 @@ class _Grouping:
             first, second = self._draw_pairs(keys)
             if len(first) == 0:
                 return
-            share_united = self._unite_pairs(first, second) / len(first)
+            pairs_united = self._unite_pairs(first, second)
+            share_united = pairs_united / len(first)
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
         """Compare all texts of equal keys that are in different groups, and unite the similar ones."""
         # A text's partners have the same key, and are in a group with a smaller root.
         partners = find_partners(keys, self.sets.find_roots())
-        texts = np.flatnonzero(partners.count)
+        has_partners = partners.count > 0
+        if not has_partners.any():
+            return
+
+        texts = np.flatnonzero(has_partners)
         for batch in split_into_batches(texts, partners.count[texts]):
             first, second = list_pairs(partners, batch)
             self._unite_pairs(first, second)
@@ -160,22 +166,29 @@ class _Grouping:
         #     by key      0  4  2  3  1      the keys of these are 5 5 5 7 7
         #     pairs       (0, 4), (4, 2), (3, 1), but not (2, 3), whose keys differ
         shuffled = self._rng.permutation(len(keys))
-        by_key = shuffled[np.argsort(keys[shuffled], kind="stable")]
+        places_by_key = np.argsort(keys[shuffled], kind="stable")
+        by_key = shuffled[places_by_key]
         first = by_key[:-1]
         second = by_key[1:]
 
         roots = self.sets.find_roots()
-        is_pair = (keys[first] == keys[second]) & (roots[first] != roots[second])
+        has_equal_keys = keys[first] == keys[second]
+        is_in_two_groups = roots[first] != roots[second]
+        is_pair = has_equal_keys & is_in_two_groups
         return first[is_pair], second[is_pair]
 
     def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
-        """Compare pairs of texts exactly, unite the groups of those that are similar, and count these.
+        """Compare pairs of texts exactly, and unite the groups of those that are similar.
 
         Pairs that are not similar are remembered in `_unlike`, and not compared again.
+
+        Returns:
+            How many of the pairs united two groups.
         """
         unlike = []
         pairs_united = 0
         for pair in self._select_pairs_to_compare(first, second).tolist():
+            # A pair is one number, later * texts + earlier.
             later, earlier = divmod(pair, self._text_count)
             root = self.sets.find_root(earlier)
             other_root = self.sets.find_root(later)
@@ -195,14 +208,20 @@ class _Grouping:
         return pairs_united
 
     def _select_pairs_to_compare(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return those of some pairs that have to be compared exactly, as numbers, without duplicates."""
+        """Return those of some pairs that have to be compared exactly, without duplicates.
+
+        Returns:
+            Each pair as one number, later * texts + earlier: of 100 texts, 12 and 7 are the pair
+            1207.
+        """
         earlier = np.minimum(first, second)
         later = np.maximum(first, second)
 
         # Texts of one group need not be compared any more.
         roots = self.sets.find_roots()
         is_in_two_groups = roots[earlier] != roots[later]
-        earlier, later = earlier[is_in_two_groups], later[is_in_two_groups]
+        earlier = earlier[is_in_two_groups]
+        later = later[is_in_two_groups]
 
         # The signatures of most pairs show that they are not similar.
         is_likely = select_likely(self._signatures, earlier, later, self._threshold)
@@ -213,11 +232,16 @@ class _Grouping:
 
 
 def split_into_batches(texts: np.ndarray, pair_counts: np.ndarray) -> list[np.ndarray]:
-    """Split texts, each of which is in some number of pairs, into batches of about LISTED_PAIRS pairs."""
+    """Split texts into batches that have about LISTED_PAIRS pairs each.
+
+    Args:
+        texts: The numbers of the texts (texts,); at least one.
+        pair_counts: How many pairs each is in (texts,).
+    """
     # For example, if LISTED_PAIRS was 10, these texts would make three batches:
     #     pair_counts    4   4 |  4   4 |  9
     #     pairs_up_to    4   8 | 12  16 | 25      a batch begins where 10, 20, … is reached
     pairs_up_to = np.cumsum(pair_counts)
-    limits = np.arange(LISTED_PAIRS, pair_counts.sum(), LISTED_PAIRS)
+    limits = np.arange(LISTED_PAIRS, pairs_up_to[-1], LISTED_PAIRS)
     batch_starts = np.searchsorted(pairs_up_to, limits)
     return np.split(texts, batch_starts)

@@ -37,7 +37,8 @@ class Leak:
 class Window:
     """The texts begin:end in order of size, which are searched for similar pairs at once.
 
-    The longer text of a pair is one from `first_longer` on; the shorter one is any text before it.
+    The longer text of such a pair is one from `first_longer` on; the shorter one is any text before
+    it.
     """
 
     begin: int
@@ -45,7 +46,11 @@ class Window:
     first_longer: int  # counted from `begin`
 
 
-def find_leaks(texts: pl.Series, places: np.ndarray, threshold: float) -> list[Leak]:
+def find_leaks(
+    texts: pl.Series,
+    places: np.ndarray,
+    threshold: float,
+) -> list[Leak]:
     """Compare prompts that stand in different places.
 
     Args:
@@ -64,30 +69,39 @@ def find_leaks(texts: pl.Series, places: np.ndarray, threshold: float) -> list[L
     # prompt at positions[i].
     by_size = np.argsort(counts.size, kind="stable")
     positions = positions[by_size]
-    counts = GramCounts(counts.size[by_size], counts.frequency)
-    texts = texts.gather(positions)
+    counts_by_size = GramCounts(counts.size[by_size], counts.frequency)
+    texts_by_size = texts.gather(positions)
 
     # Within a place nothing is compared. So all files outside of the folds, -1, -2, …, become the
     # place -1.
-    places = np.maximum(places[positions], -1).astype(np.int16)
+    places_by_size = np.maximum(places[positions], -1).astype(np.int16)
 
     leaks = []
-    for window in split_by_size(counts.size, threshold):
-        for longer, shorter in _find_pairs(window, texts, places, counts, threshold):
-            similarity = jaccard(texts[longer], texts[shorter])
-            if similarity >= threshold:
-                first, second = sorted((int(positions[longer]), int(positions[shorter])))
-                leaks.append(Leak(first, second, similarity))
+    for window in split_by_size(counts_by_size.size, threshold):
+        pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold)
+        for longer, shorter in pairs:
+            similarity = jaccard(texts_by_size[longer], texts_by_size[shorter])
+            if similarity < threshold:
+                continue
+
+            first = int(min(positions[longer], positions[shorter]))
+            second = int(max(positions[longer], positions[shorter]))
+            leaks.append(Leak(first, second, similarity))
 
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
     return leaks
 
 
 def _find_pairs(
-    window: Window, texts: pl.Series, places: np.ndarray, counts: GramCounts, threshold: float
+    window: Window,
+    texts: pl.Series,
+    places: np.ndarray,
+    counts: GramCounts,
+    threshold: float,
 ) -> Iterator[tuple[int, int]]:
     """Yield the longer and the shorter text of each pair of a window that may reach the threshold."""
-    # A local variable: its memory is free before the next window's index is built.
+    # The index is a local variable, so that its memory is free before the next window's index is
+    # built.
     members = slice(window.begin, window.end)
     counts_of_members = GramCounts(counts.size[members], counts.frequency)
     index = build_prefix_index(texts[members], counts_of_members, places[members], threshold)
@@ -128,11 +142,12 @@ def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
         # may always have a quarter as many.
         most_for_all = entries_before[begin] + ENTRIES_AT_ONCE
         most_for_new = entries_before[start] + ENTRIES_AT_ONCE // 4
+        most_entries = max(most_for_all, most_for_new)
 
         # The last end up to which there are no more entries, but at least one text after start.
-        most_entries = max(most_for_all, most_for_new)
         end = int(np.searchsorted(entries_before, most_entries, side="right")) - 1
         end = max(end, start + 1)
+
         windows.append(Window(begin, end, first_longer=start - begin))
         start = end
     return windows

@@ -60,8 +60,9 @@ def compute_signatures(texts: pl.Series) -> Signatures:
         )
 
         # A row a text, of hashes of 32 bits.
+        hashes_32 = np.asarray(matrix.to_rows(), np.uint32)
         stop = start + len(batch)
-        hashes[start:stop] = np.asarray(matrix.to_rows(), np.uint32) & LOW_16_BITS
+        hashes[start:stop] = hashes_32 & LOW_16_BITS
         gram_counts[start:stop] = sizes
 
     return Signatures(hashes, gram_counts)
@@ -75,11 +76,13 @@ def count_band_rows(threshold: float) -> int:
     """
     best = 1
     for rows in range(1, MOST_BAND_ROWS + 1):
+        bands = PERMUTATIONS // rows
+
         # Two texts at the threshold agree in one hash with a probability that is the threshold, and
         # in all hashes of a band with its power.
         band_probability = threshold**rows
-        bands = PERMUTATIONS // rows
-        if (1 - band_probability) ** bands <= MISS_PROBABILITY:
+        miss_probability = (1 - band_probability) ** bands
+        if miss_probability <= MISS_PROBABILITY:
             best = rows
     return best
 
@@ -105,8 +108,11 @@ def select_likely(
     """Find out which pairs of texts may reach a similarity, by their sizes and signatures."""
     # By sizes: at best, all n-grams of the smaller text are in the larger one, and the similarity
     # is smaller / larger.
-    counts = (signatures.gram_counts[first], signatures.gram_counts[second])
-    is_likely = np.minimum(*counts) >= threshold * np.maximum(*counts)
+    first_counts = signatures.gram_counts[first]
+    second_counts = signatures.gram_counts[second]
+    smaller = np.minimum(first_counts, second_counts)
+    larger = np.maximum(first_counts, second_counts)
+    is_likely = smaller >= threshold * larger
 
     # By signatures, of those pairs that are left: the share of equal hashes estimates the
     # similarity.
@@ -115,5 +121,6 @@ def select_likely(
     for start in range(0, len(pairs_left), BATCH_PAIRS):
         batch = pairs_left[start : start + BATCH_PAIRS]
         is_equal = signatures.hashes[first[batch]] == signatures.hashes[second[batch]]
-        is_likely[batch] = is_equal.sum(axis=1) >= least_equal
+        equal_hashes = is_equal.sum(axis=1)
+        is_likely[batch] = equal_hashes >= least_equal
     return is_likely

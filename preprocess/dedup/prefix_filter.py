@@ -88,8 +88,11 @@ def count_grams(texts: pl.Series) -> GramCounts:
 def choose_bucket_count(texts: pl.Series) -> int:
     """Return in how many buckets to count n-grams: a power of two, about one a character."""
     # A number of n bits is below 2**n: 5 million has 23 bits, which makes 8.4 million buckets.
-    bits = texts.str.len_chars().sum().bit_length()
-    return 2 ** min(max(bits, LEAST_BUCKET_BITS), MOST_BUCKET_BITS)
+    character_count = texts.str.len_chars().sum()
+    bits = character_count.bit_length()
+    bits = max(bits, LEAST_BUCKET_BITS)
+    bits = min(bits, MOST_BUCKET_BITS)
+    return 2**bits
 
 
 def find_buckets(codes: np.ndarray, frequency: np.ndarray) -> np.ndarray:
@@ -110,7 +113,10 @@ def count_prefix(size: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def build_prefix_index(
-    texts: pl.Series, counts: GramCounts, places: np.ndarray, threshold: float
+    texts: pl.Series,
+    counts: GramCounts,
+    places: np.ndarray,
+    threshold: float,
 ) -> PrefixIndex:
     """Build the index for one threshold.
 
@@ -151,17 +157,25 @@ def build_prefix_index(
 
 
 def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.ndarray:
-    """Return the ranks of the `count` rarest n-grams of a text, of which the last is the largest."""
+    """Return the ranks of the rarest n-grams of a text, of which the last is the largest.
+
+    Args:
+        codes: The hashes of the text's n-grams.
+        frequency: In how many texts an n-gram of each bucket is.
+        count: How many of the n-grams to return.
+    """
     buckets = find_buckets(codes, frequency)
     gram_frequency = frequency[buckets].astype(np.uint64)
 
     # The frequency in the highest 16 bits, the hash in the other 48.
     high_bits = np.minimum(gram_frequency, MOST_FREQUENT) << HASH_BITS
-    ranks = high_bits | (codes >> HASH_SHIFT)
+    low_bits = codes >> HASH_SHIFT
+    ranks = high_bits | low_bits
 
     # Cheaper than sorting: partition puts at count - 1 the rank that sorting would put there,
     # before it the smaller ones in any order, and behind it the larger ones.
-    return np.partition(ranks, count - 1)[:count]
+    partly_sorted = np.partition(ranks, count - 1)
+    return partly_sorted[:count]
 
 
 def find_candidates(
@@ -169,13 +183,15 @@ def find_candidates(
 ) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
+    Texts are named by their number in the index, which has them in the order of their sizes.
+
     Args:
         index: Built with the same threshold.
         threshold: The Jaccard similarity.
         first_longer: The first text that is of interest as the longer one of a pair.
 
     Yields:
-        The longer and the shorter text of each pair, by their numbers in the index.
+        The longer and the shorter text of each pair.
     """
     ranges = show_progress(_split_texts(index), "leak report: nearest neighbours")
     for start, stop in ranges:
@@ -184,7 +200,10 @@ def find_candidates(
         # Two texts are at most as similar as smaller size / larger size. Besides, the caller wants
         # only pairs with certain longer texts.
         least_size = threshold * index.size[longer] - ROUNDING
-        is_relevant = (index.size[shorter] >= least_size) & (longer >= first_longer)
+        is_large_enough = index.size[shorter] >= least_size
+        is_wanted = longer >= first_longer
+        is_relevant = is_large_enough & is_wanted
+
         longer, shorter, shared_in_prefixes = _count_meetings(
             longer[is_relevant], shorter[is_relevant], len(index.size)
         )
@@ -232,7 +251,9 @@ def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarra
     second = index.text[second_entries].astype(np.int64)
 
     # Texts are in the order of their sizes: the longer one has the larger number.
-    return np.maximum(first, second), np.minimum(first, second)
+    longer = np.maximum(first, second)
+    shorter = np.minimum(first, second)
+    return longer, shorter
 
 
 def _count_meetings(

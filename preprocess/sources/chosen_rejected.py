@@ -12,7 +12,7 @@ import math
 
 from preprocess.sources.layout import Layout
 from preprocess.sources.messages import TRANSCRIPT_START, name_row, read_conversation
-from preprocess.sources.rows import Judgement, UnusableRow, has_values, judge_by_share
+from preprocess.sources.rows import Judgement, UnusableRow, judge_by_share
 from preprocess.sources.tables import Table
 
 SCORES = ("score_chosen", "score_rejected")
@@ -34,7 +34,8 @@ def read_judgement(values: dict) -> Judgement:
     # The rejected answer is response A where the first byte of a hash of the id is odd: in half of
     # the rows.
     digest = hashlib.sha256(f"side of {row_id}".encode("utf-8", "replace")).digest()
-    if digest[0] % 2 == 1:
+    is_rejected_first = digest[0] % 2 == 1
+    if is_rejected_first:
         return judge_by_share(row_id, prompt, rejected_answer, chosen_answer, 1 - chosen_share)
     return judge_by_share(row_id, prompt, chosen_answer, rejected_answer, chosen_share)
 
@@ -49,7 +50,8 @@ def read_chosen_share(values: dict) -> float:
     Raises:
         UnusableRow: A score is not a finite number.
     """
-    if not has_values(values, SCORES):
+    has_scores = all(values.get(name) not in (None, "") for name in SCORES)
+    if not has_scores:
         return 1.0
 
     try:
@@ -67,9 +69,12 @@ def _list_required_columns(table: Table) -> tuple[str, ...]:
     """Return the columns that a file needs: chats and transcripts hold the prompt, texts do not."""
     # The first row shows which of them the file has; a broken line of JSONL shows nothing.
     first_row = next(table.rows(("chosen",)))
-    answer = (first_row.values or {}).get("chosen")
+    values = first_row.values or {}
+    answer = values.get("chosen")
     is_text = isinstance(answer, str) and not answer.startswith(TRANSCRIPT_START)
-    return ("prompt", "chosen", "rejected") if is_text else ("chosen", "rejected")
+    if is_text:
+        return ("prompt", "chosen", "rejected")
+    return ("chosen", "rejected")
 
 
 LAYOUT = Layout(

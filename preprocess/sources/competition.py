@@ -50,15 +50,17 @@ def read_verdict(competition: Competition, values: dict) -> tuple[str, bool]:
     """Return a row's verdict, "" where it has none, and whether it calls both responses bad."""
     if competition.verdict_form == "name":
         [column] = competition.verdict_columns
-        winner, both_bad = read_winner(values.get(column))
+        winner, is_both_bad = read_winner(values.get(column))
 
         # An earlier pairs.parquet has another form: the winner is "tie", and the column both_bad is
         # true; in a CSV file of it, that is the text "true".
-        return winner, both_bad or values.get("both_bad") in (True, "true")
+        is_marked = values.get("both_bad") in (True, "true")
+        return winner, is_both_bad or is_marked
 
     # Otherwise each verdict has a column of 0 and 1. Exactly one of these flags must be set.
     winners = []
     for verdict, column in zip(competition.verdicts, competition.verdict_columns, strict=True):
         if read_text(values.get(column)) in FLAG_SET:
             winners.append(verdict)
-    return winners[0] if len(winners) == 1 else "", False
+    winner = winners[0] if len(winners) == 1 else ""
+    return winner, False

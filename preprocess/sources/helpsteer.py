@@ -36,7 +36,8 @@ def read_preference(value: object) -> float | None:
         return None
 
     # NaN compares with nothing, so that it is refused as well.
-    return preference if -MOST_PREFERENCE <= preference <= MOST_PREFERENCE else None
+    is_grade = -MOST_PREFERENCE <= preference <= MOST_PREFERENCE
+    return preference if is_grade else None
 
 
 LAYOUT = Layout(

@@ -22,8 +22,6 @@ ROLES = ("system", *USER_ROLES, *ASSISTANT_ROLES)
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 TRANSCRIPT_START = "\n\nHuman:"
 
-NO_MESSAGES = "not a list of chat messages"
-
 # 64 bits of a SHA-256.
 ID_DIGITS = 16
 
@@ -77,27 +75,25 @@ def _read_messages(value: object, role_of_text: str) -> list[_Message]:
     """
     if value is None or value == "":
         return []
-    if isinstance(value, str) and value.startswith(TRANSCRIPT_START):
-        return _split_transcript(value)
     if isinstance(value, str):
+        if value.startswith(TRANSCRIPT_START):
+            return _split_transcript(value)
         return [_Message(role_of_text, clean(value))]
+    if not isinstance(value, list):
+        raise UnusableRow("not a list of chat messages")
 
     messages = []
-    for message in _list_dictionaries(value):
+    for message in value:
+        if not isinstance(message, dict):
+            raise UnusableRow("not a list of chat messages")
+
         # ShareGPT's files call the two keys "from" and "value".
         role = message.get("role", message.get("from"))
         if role not in ROLES:
-            raise UnusableRow(NO_MESSAGES)
+            raise UnusableRow("not a list of chat messages")
         content = message.get("content", message.get("value"))
         messages.append(_Message(role, _read_content(content)))
     return messages
-
-
-def _list_dictionaries(value: object) -> list[dict]:
-    """Return a list of dictionaries; raise UnusableRow for anything else."""
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UnusableRow(NO_MESSAGES)
-    return value
 
 
 def _split_transcript(transcript: str) -> list[_Message]:
@@ -105,8 +101,11 @@ def _split_transcript(transcript: str) -> list[_Message]:
     # A pattern with a group keeps what it matches there. So "\n\nHuman: Hi\n\nAssistant: Hello" is
     # split into "", "Human", " Hi", "Assistant", " Hello": nothing, then a name and a text in turn.
     _, *pieces = SPEAKER.split(transcript)
+    speakers = pieces[0::2]
+    texts = pieces[1::2]
+
     messages = []
-    for speaker, text in zip(pieces[0::2], pieces[1::2], strict=True):
+    for speaker, text in zip(speakers, texts, strict=True):
         role = "user" if speaker == "Human" else "assistant"
         messages.append(_Message(role, clean(text.strip())))
     return messages
@@ -116,9 +115,13 @@ def _read_content(content: object) -> str:
     """Return the text of a message, which may be in several parts."""
     if content is None or isinstance(content, str):
         return clean(content)
+    if not isinstance(content, list):
+        raise UnusableRow("not a list of chat messages")
 
     texts = []
-    for part in _list_dictionaries(content):
+    for part in content:
+        if not isinstance(part, dict):
+            raise UnusableRow("not a list of chat messages")
         if part.get("type", "text") != "text":
             raise UnusableRow("holds an image or another part that is no text")
         texts.append(read_text(part.get("text")))
@@ -160,4 +163,6 @@ def _group_into_turns(messages: list[_Message]) -> list[_Turn]:
 def name_row(values: dict, *texts: list[str]) -> str:
     """Return a row's id, or a hash of its texts where the file has none."""
     row_id = read_text(values.get("id"))
-    return row_id or hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:ID_DIGITS]
+    if row_id:
+        return row_id
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:ID_DIGITS]

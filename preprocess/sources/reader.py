@@ -46,8 +46,15 @@ LAYOUTS = (arena.LAYOUT, ppe.LAYOUT, helpsteer.LAYOUT, chosen_rejected.LAYOUT)
 PROMPT_COLUMNS = ("prompt", "chosen", "conversation_a", "context")
 
 # What a file of any layout may have besides.
-OTHER_COLUMNS = ("weight", "both_bad", "language", "source", "role")
-FURTHER_COLUMNS = (*chosen_rejected.SCORES, *SHARES, *OTHER_COLUMNS)
+FURTHER_COLUMNS = (
+    *chosen_rejected.SCORES,
+    *SHARES,
+    "weight",
+    "both_bad",
+    "language",
+    "source",
+    "role",
+)
 
 # Bounds memory: the rows of a frame, whose texts are all that is held of a file's.
 BATCH_ROWS = 4096
@@ -97,8 +104,10 @@ def list_layouts() -> list[Layout]:
 
 def list_columns_read() -> tuple[str, ...]:
     """List the columns that any layout needs: Parquet files may have others, and large ones."""
-    columns_of_layouts = [column for layout in list_layouts() for column in layout.columns]
-    return (*FURTHER_COLUMNS, *columns_of_layouts)
+    columns = list(FURTHER_COLUMNS)
+    for layout in list_layouts():
+        columns += layout.columns
+    return tuple(columns)
 
 
 def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
@@ -108,9 +117,10 @@ def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
         UserError: It has no layout's columns; the message names the nearest layout.
     """
     layouts = list_layouts()
-    fitting = [
-        layout for layout in layouts if not layout.find_missing_columns(table, needs_verdicts)
-    ]
+    fitting = []
+    for layout in layouts:
+        if not layout.find_missing_columns(table, needs_verdicts):
+            fitting.append(layout)
 
     # Without the columns of verdicts, competitions have the same columns. What tells them apart is
     # whether texts are JSON lists. If that rules all of them out, it says nothing.
@@ -155,14 +165,11 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
 
     # A broken line of JSONL is kept whole, in the place of the prompt.
     if values is None:
-        prompt = [clean(table_row.line)]
-        reason = "not a JSON object"
-        return row | {
-            "prompt": prompt,
-            "language": "unknown",
-            "source": path.stem,
-            "reason": reason,
-        }
+        row["prompt"] = [clean(table_row.line)]
+        row["language"] = "unknown"
+        row["source"] = path.stem
+        row["reason"] = "not a JSON object"
+        return row
 
     row["id"] = read_text(values.get("id", values.get("question_id"))) or None
     row["language"] = read_text(values.get("language")) or "unknown"
@@ -188,8 +195,9 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
         return row
 
     # All fields of a judgement are columns, but for share_a, which the shares come from.
-    row |= vars(judgement) | shares
+    row.update(vars(judgement))
     del row["share_a"]
+    row.update(shares)
     if not needs_verdict:
         row["winner"] = None
     return row
@@ -203,10 +211,12 @@ def _show_verdict(layout: Layout, values: dict) -> str | None:
         of them, e.g. "winner_model_a 1, winner_model_b 1, winner_tie 0". None without such a
         column.
     """
-    verdicts = {name: read_text(values[name]) for name in layout.verdict_columns if name in values}
-    if len(verdicts) == 1:
-        return next(iter(verdicts.values()))
-    return ", ".join(f"{column} {flag}" for column, flag in verdicts.items()) or None
+    columns = [column for column in layout.verdict_columns if column in values]
+    if len(columns) == 1:
+        return read_text(values[columns[0]])
+
+    flags = [f"{column} {read_text(values[column])}" for column in columns]
+    return ", ".join(flags) or None
 
 
 def read_prompts(path: Path | str) -> pl.DataFrame:
@@ -219,7 +229,7 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
         UserError: The file is unreadable, or holds no prompt that can be read.
     """
     table = open_table(path)
-    if set(PROMPT_COLUMNS).isdisjoint(table.columns):
+    if not set(PROMPT_COLUMNS) & set(table.columns):
         raise UserError(
             f"{path}: no column prompt (found {', '.join(table.columns)}); "
             "it cannot be compared with the sources"
@@ -264,7 +274,9 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
         turns, _ = read_conversation(values["context"], None)
         return turns
 
-    return read_json_turns(prompt) if is_json else read_turns(prompt)
+    if is_json:
+        return read_json_turns(prompt)
+    return read_turns(prompt)
 
 
 def _holds_json_prompts(table: Table) -> bool:

@@ -6,7 +6,6 @@ pairs of them.
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import polars as pl
@@ -115,19 +114,14 @@ def read_json_turns(value: object) -> list[str]:
         return []
 
     # Parquet and JSONL can hold real lists.
-    if isinstance(value, str):
+    if not isinstance(value, list):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (json.JSONDecodeError, RecursionError, TypeError):
             raise UnusableRow("not a JSON list of turns") from None
     if not isinstance(value, list):
         raise UnusableRow("not a JSON list of turns")
     return read_turns(value)
-
-
-def has_values(values: dict, columns: Iterable[str]) -> bool:
-    """Return whether a row has values in all of some columns; CSV has "" where other files have null."""
-    return all(values.get(column) not in (None, "") for column in columns)
 
 
 def show_turns(value: object) -> list[str] | None:
@@ -149,13 +143,16 @@ def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
         if not "".join(response).strip():
             raise UnusableRow("empty answer")
 
-    # Teachers, who label a row without a verdict, learn nothing from two equal answers. People can call
-    # them a tie, but none can be better.
+    # For a row that teachers label, there is no verdict to check; two equal answers teach nothing.
     is_identical = judgement.response_a == judgement.response_b
-    if is_identical and not needs_verdict:
-        raise UnusableRow("identical answers")
-    if needs_verdict and judgement.winner not in VERDICTS:
+    if not needs_verdict:
+        if is_identical:
+            raise UnusableRow("identical answers")
+        return
+
+    if judgement.winner not in VERDICTS:
         raise UnusableRow("unknown winner")
+    # Equal answers can be a tie, but none can be better.
     if is_identical and judgement.winner != "tie":
         raise UnusableRow("identical answers, one wins")
 
@@ -169,10 +166,14 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
     Raises:
         UnusableRow: A value is not a number, the shares do not add up, or the weight is not positive.
     """
-    if not has_values(values, SHARES):
+    has_shares = all(values.get(name) not in (None, "") for name in SHARES)
+    if not has_shares:
         return _spread_one_vote(judgement)
 
-    weight = values["weight"] if has_values(values, ["weight"]) else 1.0
+    # CSV has the empty string where other files have null.
+    weight = values.get("weight")
+    if weight in (None, ""):
+        weight = 1.0
     try:
         weight = float(weight)
         shares = {name: float(values[name]) for name in SHARES}
@@ -191,8 +192,11 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
 
 def _spread_one_vote(judgement: Judgement) -> dict[str, float]:
     """Return the shares of one vote: all for the winner, or spread as scores or grades say."""
-    if judgement.share_a is None:
-        shares_v = [float(verdict == judgement.winner) for verdict in VERDICTS]
-    else:
-        shares_v = [judgement.share_a, 1 - judgement.share_a, 0.0]
-    return dict(zip(SHARES, shares_v, strict=True)) | {"weight": 1.0}
+    if judgement.share_a is not None:
+        share_b = 1 - judgement.share_a
+        return {"p_model_a": judgement.share_a, "p_model_b": share_b, "p_tie": 0.0, "weight": 1.0}
+
+    shares = {}
+    for verdict in VERDICTS:
+        shares[f"p_{verdict}"] = float(verdict == judgement.winner)
+    return shares | {"weight": 1.0}

@@ -52,12 +52,10 @@ class Table:
         with _reporting_damage(self.path):
             if self.path.suffix == ".jsonl":
                 yield from _read_json_lines(self.path)
-                return
-
-            is_csv = self.path.suffix == ".csv"
-            rows = _read_csv(self.path) if is_csv else _read_parquet(self.path, columns)
-            for number, values in enumerate(rows, 1):
-                yield TableRow(number, values)
+            elif self.path.suffix == ".csv":
+                yield from _read_csv_rows(self.path)
+            else:
+                yield from _read_parquet_rows(self.path, columns)
 
 
 def open_table(path: Path | str) -> Table:
@@ -90,8 +88,9 @@ def _reporting_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
-        # Of several lines, the first says what is wrong.
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The messages have several lines, of which the first says what is wrong.
+        message_lines = str(error).strip().splitlines()
+        message = message_lines[0] if message_lines else type(error).__name__
         raise UserError(
             f"{path}: cannot be read as {path.suffix[1:]} ({message}); fetch or export it again"
         ) from None
@@ -102,11 +101,14 @@ def _inspect_parquet(path: Path) -> Table:
         return Table(path, tuple(file.schema_arrow.names), file.metadata.num_rows)
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
+def _read_parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[TableRow]:
+    number = 0
     with parquet.ParquetFile(path) as file:
         present = [name for name in file.schema_arrow.names if name in columns]
         for batch in file.iter_batches(BATCH_ROWS, columns=present):
-            yield from batch.to_pylist()
+            for values in batch.to_pylist():
+                number += 1
+                yield TableRow(number, values)
 
 
 def _scan_csv(path: Path) -> pl.LazyFrame:
@@ -120,9 +122,12 @@ def _inspect_csv(path: Path) -> Table:
     return Table(path, columns, height)
 
 
-def _read_csv(path: Path) -> Iterator[dict]:
+def _read_csv_rows(path: Path) -> Iterator[TableRow]:
+    number = 0
     for frame in _scan_csv(path).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True):
-        yield from frame.iter_rows(named=True)
+        for values in frame.iter_rows(named=True):
+            number += 1
+            yield TableRow(number, values)
 
 
 def _inspect_json_lines(path: Path) -> Table:
@@ -144,5 +149,6 @@ def _read_json_lines(path: Path) -> Iterator[TableRow]:
                 values = json.loads(line)
             except (ValueError, RecursionError):
                 values = None
-            is_object = isinstance(values, dict)
-            yield TableRow(line_number, values if is_object else None, line.rstrip("\n"))
+            if not isinstance(values, dict):
+                values = None
+            yield TableRow(line_number, values, line.rstrip("\n"))
