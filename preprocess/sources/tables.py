@@ -137,6 +137,12 @@ def _inspect_json_lines(path: Path) -> Table:
     for row in _read_json_lines(path):
         height += 1
         columns.update(dict.fromkeys(row.values or ()))
+
+    if height > 0 and not columns:
+        raise UserError(
+            f"{path}: none of its {height:,} lines is a JSON object with keys; "
+            "fetch or export it again"
+        )
     return Table(path, tuple(columns), height)
 
 

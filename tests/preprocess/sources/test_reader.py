@@ -219,6 +219,12 @@ def test_an_unreadable_file_is_one_clear_error(tmp_path, name, content):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_json_lines_that_are_no_objects_are_told_as_such_and_not_as_missing_columns(tmp_path):
+    (tmp_path / "x.jsonl").write_text('id,prompt\n["a"]\n')
+    with pytest.raises(UserError, match=r"x\.jsonl: none of its 2 lines is a JSON object with keys; fetch or export it again"):
+        read_rows(tmp_path / "x.jsonl")
+
+
 def test_a_file_without_one_usable_row_is_an_error_with_the_reasons(tmp_path):
     wsdm(winner=["modelA", "", ""], id=["1", "2", "3"], prompt=["p", "", "q"]).write_csv(tmp_path / "x.csv")
     with pytest.raises(UserError, match=r"not one of its 3 rows can be used \(unknown winner: 2, empty prompt: 1\)"):
