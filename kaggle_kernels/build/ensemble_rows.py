@@ -37,7 +37,7 @@ def read_rows(spec: Spec) -> Rows:
     # Join the runs by id: what is left are the rows that all have, a column for each run.
     shared = tables[first_run].select("id", "winner")
     for run, table in tables.items():
-        check_same_rows(tables, first_run, run)
+        check_shared_rows(tables, first_run, run)
         probabilities = table.select("id", pl.col("probabilities").alias(f"p_{run}"))
         shared = shared.join(probabilities, on="id", how="inner", maintain_order="left")
 
@@ -54,7 +54,7 @@ def read_rows(spec: Spec) -> Rows:
     return Rows(np.array(probabilities_by_run, dtype=np.float64), np.array(winners))
 
 
-def check_same_rows(tables: Mapping[str, pl.DataFrame], first: str, other: str) -> None:
+def check_shared_rows(tables: Mapping[str, pl.DataFrame], first: str, other: str) -> None:
     """Raise UserError unless two runs have rows in common, with the same folds and verdicts."""
     path = predictions_path(other)
     shared = tables[first].join(
@@ -62,8 +62,8 @@ def check_same_rows(tables: Mapping[str, pl.DataFrame], first: str, other: str) 
     )
     if shared.is_empty():
         raise UserError(
-            f"{path}: no row of {first} is among its rows ({name_folds(tables[first])} there, "
-            f"{name_folds(tables[other])} here); {TRAIN_ALIKE}"
+            f"{path}: its rows are of {name_folds(tables[other])}, and none of them is among the rows of "
+            f"{first}, which are of {name_folds(tables[first])}; {TRAIN_ALIKE}"
         )
 
     # Runs on other pairs, or with another fold held out, may share ids all the same.
@@ -72,9 +72,9 @@ def check_same_rows(tables: Mapping[str, pl.DataFrame], first: str, other: str) 
         differing_rows = shared.filter(differs)
         if not differing_rows.is_empty():
             row = differing_rows.row(0, named=True)
+            value_of_other = row[f"{column}_other"]
             raise UserError(
-                f"{path}: row {row['id']}: {column} is {row[f'{column}_other']}, in {first} "
-                f"{row[column]}; {TRAIN_ALIKE}"
+                f"{path}: row {row['id']}: {column} is {value_of_other}, in {first} {row[column]}; {TRAIN_ALIKE}"
             )
 
 

@@ -94,10 +94,16 @@ def find_recipe(run: str, package_key: str) -> Recipe:
 
 
 def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key: str) -> None:
-    """Check that a recipe makes the package that the spec describes under `package_key`.
+    """Check that a recipe's model can serve in a kernel: it knows all verdicts, and is packaged as the spec's dataset.
+
+    Args:
+        package: The spec's entry for the model.
+        recipe: The recipe that it is trained and packaged by.
+        spec: The kernel's spec.
+        package_key: Where the entry stands in the spec, for messages: FILE: packages.0.
 
     Raises:
-        UserError: where the recipe lacks a verdict of the competition, or packages as another dataset.
+        UserError: The recipe lacks a verdict of the competition, or packages as another dataset.
     """
     block = recipe.pairwise
 
@@ -105,16 +111,16 @@ def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key:
     missing_verdicts = set(COMPETITIONS[spec.competition].verdicts) - set(block.verdicts)
     if missing_verdicts:
         raise UserError(
-            f"{recipe.path}: pairwise.verdicts: no {', '.join(sorted(missing_verdicts))}, which "
-            f"{spec.competition} asks for and {package_key} is to answer; train with it, or name "
-            "another run"
+            f"{recipe.path}: pairwise.verdicts: no {', '.join(sorted(missing_verdicts))}, which the "
+            f"competition {spec.competition} asks for; add it and train again, or name another run in "
+            f"{package_key}"
         )
 
     # The package's metadata holds the recipe's slug, and Kaggle mounts a dataset under its slug.
     if package.dataset != block.package.slug:
         raise UserError(
-            f"{package_key}.dataset: found {package.dataset!r}, {recipe.path} packages as "
-            f"{block.package.slug!r}; write that"
+            f"{package_key}.dataset: found {package.dataset!r}, but {recipe.path} makes the dataset "
+            f"{block.package.slug!r}; name this one"
         )
 
 

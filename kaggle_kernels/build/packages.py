@@ -17,7 +17,7 @@ from preprocess.core.files import read_object, sha256
 from recipes.pairwise.config.earlier_runs import is_same_model
 from recipes.pairwise.config.schema import Recipe
 
-# Keys that contract.json has in common with the recipe's `pairwise:` block.
+# Keys that contract.json and the recipe's `pairwise:` block have in common.
 AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")
 
 # How far the weights on disk may exceed the computed size: by a share, and by the headers of the files.
@@ -96,27 +96,26 @@ def check_dataset(folder: Path, fit: Fit) -> None:
 
 def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
     """Raise UserError where the recipe was changed since the run was trained and packaged."""
-    # What the package's files must hold, by file and key, if it was made with the recipe.
     block = fit.recipe.pairwise
-    contract = {"verdicts": list(block.verdicts)}
-    for key in AS_TRAINED:
-        contract[key] = getattr(block, key)
-    contract["template"] = asdict(block.resolved_template())
-    expected_values = {
-        "contract.json": contract,
-        "config.json": {"model_type": fit.served.base.model_type},
-        MANIFEST: {"quantize": block.package.quantize},
-    }
+    template = asdict(block.resolved_template())
 
-    for name, expected_by_key in expected_values.items():
-        values = read_object(folder / name)
-        for key, expected in expected_by_key.items():
-            if values.get(key) != expected:
-                raise UserError(
-                    f"{folder / name}: {key}: found {values.get(key)}, {fit.recipe.path} says "
-                    f"{expected}, which the kernel was built for; train and package again with "
-                    "this recipe, or put the recipe back"
-                )
+    # A file of the package, a key in it, and the value that the recipe asks for.
+    comparisons = [
+        ("contract.json", "verdicts", list(block.verdicts)),
+        ("contract.json", "template", template),
+        ("config.json", "model_type", fit.served.base.model_type),
+        (MANIFEST, "quantize", block.package.quantize),
+    ]
+    for key in AS_TRAINED:
+        comparisons.append(("contract.json", key, getattr(block, key)))
+
+    for name, key, expected in comparisons:
+        found = read_object(folder / name).get(key)
+        if found != expected:
+            raise UserError(
+                f"{folder / name}: {key}: found {found}, {fit.recipe.path} says {expected}, which the "
+                "kernel was built for; train and package again with this recipe, or put the recipe back"
+            )
 
 
 def check_base_model(folder: Path, recipe: Recipe) -> None:

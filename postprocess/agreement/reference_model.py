@@ -18,7 +18,7 @@ from postprocess.run_folder import ADAPTER_WEIGHTS, Run
 from postprocess.weights.meta_model import LABELLED, model_config, read_config
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
-from recipes.pairwise.training.heads import compute_logits_in_float32
+from recipes.pairwise.training.heads import replace_head_forward
 from recipes.pairwise.training.output_layer import replace_output_layer
 
 QUANTISED_LAYERS = (Linear4bit, Linear8bitLt)
@@ -96,7 +96,7 @@ def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[in
     # layer, and so does this model: it is left as it is.
     is_quantised = isinstance(base_layer, QUANTISED_LAYERS)
     if not is_quantised:
-        compute_logits_in_float32(model, label_token_ids)
+        replace_head_forward(model, label_token_ids)
     if label_token_ids:
         keep_label_rows(model, label_token_ids)
 

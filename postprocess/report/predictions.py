@@ -101,26 +101,33 @@ def add_pairs(
 ) -> tuple[Predictions, str | None]:
     """Add texts, groups and labels of the pairs file to the predictions that the report measures.
 
-    Where metrics.json has no hash of the file that the model was trained on, only the ids can show whether
-    this is another one.
+    Args:
+        predictions: The run's predictions.
+        file: The pairs file.
+        expected_sha256: The hash of the file that the model was trained on. Where metrics.json has none,
+            only the ids can show whether this is another file.
 
     Returns:
-        The predictions with the columns of the pairs file and None, or the predictions unchanged
-        and a sentence that says what is wrong with the file.
+        The predictions with the columns of the pairs file, and None. Where the file cannot be used, the
+        predictions as they were, and a sentence that says why.
     """
-    joined = None
     if not file.is_file():
-        problem = "does not exist"
-    elif expected_sha256 and sha256(file) != expected_sha256:
-        # The labels of a pairs file that was made again may differ from those of the training.
-        problem = "has changed since training"
-    else:
-        problem = "does not hold every row of the predictions"
-        joined = join_pairs(predictions.rows, read_pairs(file))
+        return predictions, explain_missing_columns(file, "does not exist")
 
-    if joined is not None:
-        return Predictions(predictions.file, joined), None
-    return predictions, (
+    # The labels of a pairs file that was made again may differ from those of the training.
+    if expected_sha256 and sha256(file) != expected_sha256:
+        return predictions, explain_missing_columns(file, "has changed since training")
+
+    rows = join_pairs(predictions.rows, read_pairs(file))
+    if rows is None:
+        problem = "does not hold every row of the predictions"
+        return predictions, explain_missing_columns(file, problem)
+    return Predictions(predictions.file, rows), None
+
+
+def explain_missing_columns(file: Path, problem: str) -> str:
+    """Say what a report lacks without the pairs file, and what to do."""
+    return (
         f"{file} {problem}, so that texts, languages, sources, lengths and groups of prompts are "
         "missing here: name the file of the training with `--pairs FILE`, or train again."
     )

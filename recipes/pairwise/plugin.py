@@ -234,7 +234,7 @@ class PairwisePlugin(BasePlugin):
 
     def post_model_load(self, cfg, model):
         """Compute logits in float32, take padding-free batches, hold what is trained in float32 (DeepSpeed and FSDP do)."""
-        heads.compute_logits_in_float32(model, self.contract.label_token_ids)
+        heads.replace_head_forward(model, self.contract.label_token_ids)
         if self.block.padding_free:
             with stopping_on_errors(self.recipe):
                 use_padding_free(model)

@@ -15,7 +15,7 @@ from recipes.pairwise.contract import find_label_tokens
 from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.tracking import metrics
-from recipes.pairwise.training.heads import compute_logits_in_float32
+from recipes.pairwise.training.heads import replace_head_forward
 from recipes.pairwise.training.trainer import label_token_options
 from tests import tiny
 from tests.recipes.blocks import ROWS, TWO, block_of, contract_of
@@ -48,7 +48,7 @@ def test_logits_are_float32_though_head_and_autocast_are_bf16():
     model = nn.ModuleDict({"score": nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)})
     weight_vd = torch.tensor([[16.0, 0.0, 0.0, 0.0625], [1.0, 0.0, 0.0, 0.0]])
     model["score"].weight.data = weight_vd.bfloat16()
-    compute_logits_in_float32(model)
+    replace_head_forward(model)
     with torch.autocast("cpu", torch.bfloat16):
         logits_v = model["score"](torch.ones(4, dtype=torch.bfloat16))
     assert logits_v.tolist() == [16.0625, 1.0]
@@ -56,7 +56,7 @@ def test_logits_are_float32_though_head_and_autocast_are_bf16():
 
 def test_a_model_without_a_linear_head_is_no_model_to_train():
     with pytest.raises(RuntimeError, match="ModuleDict: no linear layer named score or classifier"):
-        compute_logits_in_float32(nn.ModuleDict({"decoder": nn.Linear(4, 2)}))
+        replace_head_forward(nn.ModuleDict({"decoder": nn.Linear(4, 2)}))
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
@@ -65,7 +65,7 @@ def test_only_label_tokens_have_logits_and_they_are_those_of_the_whole_vocabular
     model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
     inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
     all_logits_btv = model(**inputs).logits
-    compute_logits_in_float32(model, (20, 30))
+    replace_head_forward(model, (20, 30))
     logits_b1v = model(**inputs, **label_token_options(padding_free=False)).logits
     assert torch.allclose(logits_b1v, all_logits_btv[:, -1:, [20, 30]], atol=1e-5)
 

@@ -216,7 +216,8 @@ class PairwiseBlock(_Strict):
     def _no_key_contradicts_another(self):
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError(
-                "verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side"
+                "verdicts: a reward model cannot answer tie, as it gives each response a number; leave tie out: in "
+                "training, half of a tie counts for each response"
             )
         if self.distill and not self.train:
             raise ValueError(
@@ -224,11 +225,13 @@ class PairwiseBlock(_Strict):
             )
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError(
-                "orders: a reward model sees each answer alone, its orders are the same; remove the key"
+                "orders: a reward model reads each response alone, so that their order makes no difference; "
+                "remove the key"
             )
         if self.padding_free and self.r_drop > 0:
             raise ValueError(
-                "padding_free: R-Drop repeats the rows of a batch, which has one; remove one of the two"
+                "padding_free: R-Drop repeats each row of a batch, but without padding a batch is a single row; "
+                "remove padding_free or r_drop"
             )
         return self
 

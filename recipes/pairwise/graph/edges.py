@@ -117,9 +117,14 @@ def derive_graph(target: str) -> Graph:
 def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
     """Describe what the graph needs to know of a recipe's run."""
     block = recipe.pairwise
-    # How the run is packaged may change without a new training. Another model_input.py would give other token ids.
+
+    # What a training depends on: keys of the recipe, but for those that change no weight, and the code that
+    # makes the token ids.
     training_keys = block.model_dump(mode="json", exclude={"package", "hardware"})
     training = [recipe.axolotl, training_keys, sha256(model_input.__file__)]
+
+    # Packaging depends on all keys, and on the training itself, which the graph knows by its files.
+    packaging = [recipe.axolotl, block.model_dump(mode="json")]
     return Run(
         recipe=str(recipe.path),
         pairs=block.pairs,
@@ -131,7 +136,7 @@ def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
         is_packaged=is_packaged,
         uses_all_gpus=spreads_over_gpus(recipe),
         training_hash=hash_values(training),
-        packaging_hash=hash_values([recipe.axolotl, block.model_dump(mode="json")]),
+        packaging_hash=hash_values(packaging),
     )
 
 

@@ -165,26 +165,27 @@ def count_weight_bytes(step: TrainingStep) -> int:
 def count_undivided_bytes(step: TrainingStep) -> int:
     """Count the bytes of all weights where a GPU holds the whole model, as without ZeRO-3."""
     weights = list_weights(step)
-    elements = sum(weight.elements for weight in weights)
-    linear_layers = [weight.elements for weight in weights if weight.kind == "linear"]
-    in_linear_layers = sum(linear_layers)
-    trained_size = count_trained_weights(step) * step.trained_weight_bytes
+    elements_of_model = sum(weight.elements for weight in weights)
+    elements_by_layer = [weight.elements for weight in weights if weight.kind == "linear"]
+    elements_of_layers = sum(elements_by_layer)
+    trained_bytes = count_trained_weights(step) * step.trained_weight_bytes
 
-    # A full fine-tune trains all weights. Without DeepSpeed they are float32, of which autocast makes
-    # 16-bit copies for the linear layers.
+    # A full fine-tune trains all weights.
     if not step.lora_rank:
-        copies = BFLOAT16_BYTES * in_linear_layers if step.zero is None else 0
-        return trained_size + copies
+        if step.zero is not None:
+            return trained_bytes
+        # Without DeepSpeed they are float32, and autocast makes 16-bit copies of the linear layers.
+        return trained_bytes + BFLOAT16_BYTES * elements_of_layers
 
     # LoRA trains an adapter, beside which the base model stands frozen in 16 bits.
     if not step.is_4bit:
-        return trained_size + BFLOAT16_BYTES * elements
+        return trained_bytes + BFLOAT16_BYTES * elements_of_model
 
     # QLoRA's base has its linear layers in nf4. One of them at a time is unpacked to compute with it.
-    quantised = int(NF4_BYTES * in_linear_layers)
-    not_quantised = BFLOAT16_BYTES * (elements - in_linear_layers)
-    unpacked = BFLOAT16_BYTES * max(linear_layers)
-    return trained_size + quantised + not_quantised + unpacked
+    nf4_bytes = int(NF4_BYTES * elements_of_layers)
+    other_bytes = BFLOAT16_BYTES * (elements_of_model - elements_of_layers)
+    unpacked_bytes = BFLOAT16_BYTES * max(elements_by_layer)
+    return trained_bytes + nf4_bytes + other_bytes + unpacked_bytes
 
 
 def count_activation_bytes(step: TrainingStep) -> int:

@@ -99,15 +99,15 @@ def name_labels(config, names: Sequence[str]) -> None:
     config.problem_type = None
 
 
-def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] = ()) -> None:
-    """Have the head compute float32 logits, whatever its weights' dtype and autocast's.
+def replace_head_forward(model: nn.Module, label_token_ids: Sequence[int] = ()) -> None:
+    """Replace the head's forward by one that computes float32 logits, whatever its weights' dtype and autocast's.
 
     In bf16 two neighbouring numbers between 16 and 32 are 0.125 apart: too coarse for a loss.
 
     Args:
         model: The model with its adapter, if it has one. Its head's forward is replaced.
-        label_token_ids: For the head label_tokens: the tokens whose logits lm_head computes. It
-            computes no others, so that its output has the shape (..., verdicts).
+        label_token_ids: For the head label_tokens, the tokens that stand for the verdicts. lm_head
+            then computes their logits only, of shape (..., verdicts). Empty for the other heads.
 
     Raises:
         RuntimeError: If the model has no head that is a plain linear layer.
@@ -120,11 +120,11 @@ def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] =
         )
 
     for name, layer in layers.items():
-        # Of a layer with an output for each token, only those of the label tokens are computed. With
-        # an adapter on lm_head these are lm_head itself and lora_B; the outputs of lora_A are no tokens.
-        has_token_outputs = "lora_A" not in name.split(".")
+        # lm_head has an output for each token, of which those of the label tokens are enough. So has
+        # the lora_B of an adapter on it. The outputs of its lora_A are no tokens: all are needed.
         output_rows = None
-        if label_token_ids and has_token_outputs:
+        is_lora_a = "lora_A" in name.split(".")
+        if label_token_ids and not is_lora_a:
             output_rows = list(label_token_ids)
         layer.forward = functools.partial(linear_in_float32, layer, output_rows)
 

@@ -164,7 +164,7 @@ def test_a_spec_with_one_order_is_weighed_on_that_order(workplace):
         (lambda table: table.with_columns(fold=pl.lit(1)), "row row0: fold is 1, in one 0; train them on the same pairs"),
         (
             lambda table: table.with_columns(id="x" + pl.col("id"), fold=pl.lit(2)),
-            "no row of one is among its rows (fold 0 there, fold 2 here); train them on the same pairs",
+            "of fold 2, and none of them is among the rows of one, which are of fold 0; train them on",
         ),
         (lambda table: table.with_columns(winner=pl.lit("tie")), "winner is tie, in one model_"),
         (lambda table: table.with_columns(p_model_a=pl.lit(float("nan"))), "probabilities that are not between 0 and 1"),

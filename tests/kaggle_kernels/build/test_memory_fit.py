@@ -118,9 +118,15 @@ def test_an_encoder_is_not_offered_gptq():
     "change, message",
     [
         (("run: big", "run: gone"), "packages.0.run: no recipes/gone.yml, which says base model and quantisation"),
-        (("dataset-big", "dataset-beg"), "packages.0.dataset: found 'dataset-beg', recipes/big.yml packages as 'dataset-big'"),
+        (
+            ("dataset-big", "dataset-beg"),
+            "packages.0.dataset: found 'dataset-beg', but recipes/big.yml makes the dataset 'dataset-big'",
+        ),
         (("wheels: pairwise-wheels\n", ""), "wheels: missing; big is quantised with bitsandbytes, which Kaggle's image lacks"),
-        (("competition: wsdm", "competition: lmsys"), "recipes/big.yml: pairwise.verdicts: no tie, which lmsys asks for"),
+        (
+            ("competition: wsdm", "competition: lmsys"),
+            "recipes/big.yml: pairwise.verdicts: no tie, which the competition lmsys asks for",
+        ),
     ],
 )
 def test_a_spec_that_its_recipe_does_not_suit_is_refused(workplace, change, message):

@@ -14,7 +14,7 @@ from recipes.pairwise.memory.base_model import read_records
 from recipes.pairwise.memory.hardware import describe_step
 from recipes.pairwise.memory.measure import PeakBytes
 from recipes.pairwise.memory.training_step import GIB, Zero, count_activation_bytes, count_step_memory
-from recipes.pairwise.training.heads import compute_logits_in_float32
+from recipes.pairwise.training.heads import replace_head_forward
 from tests.conftest import ROOT
 
 # One recipe for each step that differs.
@@ -83,7 +83,7 @@ def track_activations(recipe, is_checkpointed: bool) -> int:
     is_causal = block.head == "label_tokens"
     with FakeTensorMode(allow_non_fake_inputs=True):
         put_fake_tensors(model)
-        compute_logits_in_float32(model, (5, 6) if is_causal else ())
+        replace_head_forward(model, (5, 6) if is_causal else ())
         model.train()
         if is_checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from preprocess.core.errors import UserError
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.training import padding_free
-from recipes.pairwise.training.heads import compute_logits_in_float32
+from recipes.pairwise.training.heads import replace_head_forward
 from recipes.pairwise.training.losses import soft_cross_entropy
 from recipes.pairwise.training.trainer import label_token_options
 from tests import forked, tiny
@@ -81,7 +81,7 @@ def test_label_tokens_with_an_adapter_are_read_at_the_end_of_each_sequence(tiny_
         model = AutoModelForCausalLM.from_pretrained(tiny_models("gemma2"), attn_implementation="sdpa")
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
         model = get_peft_model(model, config).eval()
-        compute_logits_in_float32(model, (7, 8))
+        replace_head_forward(model, (7, 8))
         return model
 
     collator = PairCollator(None, "label_tokens", TWO, "both", pad_token_id=0)
