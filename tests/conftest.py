@@ -26,7 +26,9 @@ from hypothesis import HealthCheck, settings
 from preprocess.core.quiet import prepare_imports
 from tests import tiny
 
+# What tests import stays: to look through it for garbage again and again would take seconds.
 prepare_imports()
+gc.set_threshold(10_000)
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

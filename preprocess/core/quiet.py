@@ -30,13 +30,9 @@ KEPT_BACK = {
 }
 
 
-# How many new objects Python waits for before it looks for garbage among them; 700 by default.
-OBJECTS_BETWEEN_COLLECTIONS = 10_000
-
-
 @functools.cache
 def prepare_imports() -> None:
-    """Keep back useless warnings of libraries, keep them from running code from a hub, and import them faster."""
+    """Keep back useless warnings of libraries, keep them from running code from a hub, and leave them faster."""
     for logger_name, beginning in KEPT_BACK.items():
         logging.getLogger(logger_name).addFilter(without(beginning))
     # Polars and datasets sort by an argument that PyArrow has renamed.
@@ -44,7 +40,8 @@ def prepare_imports() -> None:
         "ignore", message="Specifying null_placement", category=FutureWarning, module="pyarrow"
     )
     refuse_hub_kernels()
-    look_for_garbage_less()
+    # At its end Python would look for garbage among the million objects that were imported, for a second or two.
+    atexit.register(gc.freeze)
 
 
 def without(beginning: str) -> Callable[[logging.LogRecord], bool]:
@@ -65,13 +62,3 @@ def refuse_hub_kernels() -> None:
     """
     # Python raises ImportError for a module that is None in this dictionary.
     sys.modules.setdefault("kernels", None)
-
-
-def look_for_garbage_less() -> None:
-    """Make Python look for garbage less often, and not among what was imported when it ends.
-
-    Axolotl and what it needs make more than a million objects that stay. To look through them again
-    and again is a third of the time in which they are imported and left.
-    """
-    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    atexit.register(gc.freeze)

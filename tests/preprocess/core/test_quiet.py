@@ -11,14 +11,13 @@ from preprocess.core.quiet import KEPT_BACK, without
 from tests.conftest import ROOT
 
 GARBAGE = """
-import gc, kaggle_kernels
+import kaggle_kernels
 class Cycle:
     def __init__(self):
         self.itself = self
     def __del__(self):
         print("was looked at")
 Cycle()
-print(gc.get_threshold()[0])
 """
 FAKE_KERNELS = """
 print("kernels was imported")
@@ -57,5 +56,6 @@ def test_only_messages_that_begin_so_are_kept_back():
         assert lets_pass(logging.LogRecord("torchao", logging.WARNING, "", 0, text, ("x",), None)) is passes
 
 
-def test_python_looks_for_garbage_less_often_and_not_when_it_ends(tmp_path):
-    assert run_python(GARBAGE, tmp_path) == "10000\n"
+def test_python_does_not_look_for_garbage_when_it_ends(tmp_path):
+    assert run_python(GARBAGE.replace("import kaggle_kernels", ""), tmp_path) == "was looked at\n"
+    assert run_python(GARBAGE, tmp_path) == ""
