@@ -4,7 +4,10 @@
 
 import gc
 
+from preprocess.core.quiet import prepare_imports
+
 gc.disable()
+prepare_imports()
 
 import axolotl.cli.train
 import axolotl.core.builders

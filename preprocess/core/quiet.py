@@ -39,6 +39,8 @@ def prepare_imports() -> None:
     warnings.filterwarnings(
         "ignore", message="Specifying null_placement", category=FutureWarning, module="pyarrow"
     )
+    # Axolotl imports fla's kernels for linear attention, which no recipe here uses.
+    warnings.filterwarnings("ignore", message="Triton is not supported", module="fla")
     refuse_hub_kernels()
     # At its end Python would look for garbage among the million objects that were imported, for a second or two.
     atexit.register(gc.freeze)
