@@ -167,7 +167,7 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
 
 @functools.cache
 def assemble_runtime() -> str:
-    """Put together what all kernels share: imports, modules and the call that runs it.
+    """Put together the source that all kernels share: imports, the runtime's modules and the call that runs it.
 
     Returns:
         The source, with SETTINGS_PLACE where a kernel has its settings.

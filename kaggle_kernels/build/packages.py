@@ -158,9 +158,7 @@ def check_weight_bytes(folder: Path, fit: Fit) -> None:
 def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
     """Identify a kernel and its packages by hashes, so that what is pushed can be matched with what was rehearsed.
 
-    Args:
-        kernel: The folder with kernel.py.
-        packages: The folder of each package, by its dataset on Kaggle.
+    `kernel` is the folder with kernel.py, `packages` the folder of each package by its dataset on Kaggle.
 
     Returns:
         `kernel_sha256`, of kernel.py, and `packages`: the SHA-256 of each manifest.json, by dataset.

@@ -131,8 +131,11 @@ def publish_kernel(
     again: bool,
     latest_image: bool,
 ) -> None:
-    """Push the spec's kernel and its published `datasets`, by owner/slug; see `push`."""
-    # The datasets are pinned to their versions, unless Kaggle refuses that.
+    """Push the spec's kernel, which reads the published `datasets` (by owner/slug), unless Kaggle has it already.
+
+    With `again` it is pushed in any case. `latest_image` is for push_kernel.
+    """
+    # The kernel names the version of each dataset, unless Kaggle has refused that before.
     versions = {}
     if not PINS_REFUSED.exists():
         versions = {ref: dataset["version"] for ref, dataset in datasets.items()}
@@ -143,7 +146,7 @@ def publish_kernel(
         print(f"{record}: is there, {record.url}", flush=True)
         return
 
-    # An interrupted push has started its run already.
+    # A push that was interrupted has started its run already, and only has to be finished.
     if record is None or record.is_finished:
         record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
     finish_push(kaggle, spec_path, kernel, record)

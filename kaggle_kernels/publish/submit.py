@@ -230,7 +230,7 @@ def list_submissions(kaggle: Kaggle, competition: str) -> list[ApiSubmission]:
 
 
 def send(kaggle: Kaggle, spec_path: Path, submission: Submission) -> int:
-    """Submit a kernel's version. The call is never repeated.
+    """Submit a kernel's version, by one call that is never repeated.
 
     Returns:
         The submission's ref on Kaggle.

@@ -58,16 +58,9 @@ def check_faults(scenario: Scenario) -> None:
 def check_happened(
     scenario: Scenario, kills: Sequence[Kill], clock_ended: bool, seconds: float
 ) -> None:
-    """Check that each fault that the scenario asks for has happened: a run without it would prove nothing.
+    """Raise UserError where a fault that the scenario asks for did not happen: such a run proves nothing.
 
-    Args:
-        scenario: The faults that were asked for.
-        kills: The workers that were killed.
-        clock_ended: Whether the kernel's clock was put to its end.
-        seconds: How long the kernel ran.
-
-    Raises:
-        UserError: A fault did not happen.
+    The kernel ran for `seconds`; `kills` and `clock_ended` are the faults that happened.
     """
     if scenario.end_clock_at is not None and not clock_ended:
         raise UserError(

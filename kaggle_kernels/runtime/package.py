@@ -38,7 +38,7 @@ class Package:
 
 
 def read_package(folder: Path | str) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows.
+    """Read a package and check it: file hashes, contract, tokenizer, and token ids of twenty awkward pairs, the golden rows.
 
     Raises:
         PackageError: A file is missing, has changed, or is not listed.

@@ -83,7 +83,7 @@ def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
 def fill_unscored(
     rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    """Give every row probabilities, in the rows' order: those in `scored`, or else the prior, a guess by length."""
     final = {}
     for row in rows:
         row_id = row["id"]

@@ -73,7 +73,9 @@ def choose_visible_rows(
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read rows of the train file that all packages list, as many as the spec wants.
+    """Read rows of the train file that are validation rows of every package, as many as the spec wants.
+
+    `listings` are the packages' lists of validation rows, one validation_ids.json each.
 
     Raises:
         ValueError: There are none.

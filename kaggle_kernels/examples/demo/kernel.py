@@ -1440,7 +1440,7 @@ def load_on(
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare with the probabilities that packaging wrote down."""
+    """Score the golden rows, twenty awkward pairs, and compare with the probabilities that packaging wrote down."""
     contract = package.contract
 
     # By the same code as any other row.
@@ -1886,7 +1886,7 @@ class Package:
 
 
 def read_package(folder: Path | str) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows."""
+    """Read a package and check it: file hashes, contract, tokenizer, and token ids of twenty awkward pairs, the golden rows."""
     folder = Path(folder)
     check_manifest(folder)
     package = open_package(folder)
@@ -2104,7 +2104,10 @@ def choose_visible_rows(
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read rows of the train file that all packages list, as many as the spec wants."""
+    """Read rows of the train file that are validation rows of every package, as many as the spec wants.
+
+    `listings` are the packages' lists of validation rows, one validation_ids.json each.
+    """
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
@@ -2294,7 +2297,7 @@ def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
 def fill_unscored(
     rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    """Give every row probabilities, in the rows' order: those in `scored`, or else the prior, a guess by length."""
     final = {}
     for row in rows:
         row_id = row["id"]
@@ -2533,7 +2536,7 @@ def score_batch(
 def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
-    """Compute the verdicts' probabilities of each request, in the order that it has."""
+    """Compute the verdicts' probabilities of each request; those of swapped requests are not swapped back yet."""
     sequences = []
     for request in batch:
         sequences += request.sequences
@@ -2948,9 +2951,10 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
 
 
 def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Have a causal LM compute the logits of the label tokens only, for the read token of each row.
+    """Have a causal LM compute, for the read token of each row, the logits of the label tokens only.
 
-    An output layer that has an adapter on it keeps all tokens' logits.
+    These tokens stand for the verdicts, such as A and B. An output layer with an adapter on it
+    keeps those of the whole vocabulary.
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:

@@ -188,10 +188,10 @@ def score_batch(
 def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
-    """Compute the verdicts' probabilities of each request, in the order that it has.
+    """Compute the verdicts' probabilities of each request; those of swapped requests are not swapped back yet.
 
     Returns:
-        Float32 of shape (requests, verdicts), on the CPU.
+        Float32 of shape (requests, verdicts), on the CPU. In a swapped request model_a stands for response B.
     """
     sequences = []
     for request in batch:

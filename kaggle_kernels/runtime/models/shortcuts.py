@@ -108,9 +108,10 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
 
 
 def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Have a causal LM compute the logits of the label tokens only, for the read token of each row.
+    """Have a causal LM compute, for the read token of each row, the logits of the label tokens only.
 
-    An output layer that has an adapter on it keeps all tokens' logits.
+    These tokens stand for the verdicts, such as A and B. An output layer with an adapter on it
+    keeps those of the whole vocabulary.
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:

@@ -121,7 +121,7 @@ def load_on(
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare with the probabilities that packaging wrote down.
+    """Score the golden rows, twenty awkward pairs, and compare with the probabilities that packaging wrote down.
 
     Returns:
         The largest difference.
