@@ -198,10 +198,12 @@ def weigh(spec: str, write: bool) -> None:
 
 
 def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
-    """Make a decorator that gives a command the options of waiting for Kaggle.
+    """Make a decorator that gives a command the options --poll-seconds and --patience-seconds.
 
-    Returns:
-        The decorator. It adds --poll-seconds and --patience-seconds, of which the command makes a client.Pace.
+    The command makes a client.Pace of them, which says how often and how long Kaggle is asked.
+
+    Args:
+        patience_seconds: The default of --patience-seconds for this command.
     """
     poll_option = click.option(
         "--poll-seconds",

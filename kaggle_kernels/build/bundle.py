@@ -116,7 +116,11 @@ def stale_files(spec_path: Path, kernels: Path = KERNELS) -> dict[Path, str]:
 
 
 def check_built(spec_path: Path) -> Path:
-    """Return the folder of a spec's kernel; UserError if the spec or the runtime changed since it was built."""
+    """Return the folder of a spec's built kernel.
+
+    Raises:
+        UserError: The kernel is not built, or the spec, a recipe or the runtime changed since then.
+    """
     folder = kernel_folder(spec_path)
     stale = stale_files(spec_path)
     if stale:
@@ -163,7 +167,7 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
 
 @functools.cache
 def assemble_runtime() -> str:
-    """Put together what all kernels share: imports, modules and the call that runs it.
+    """Put together the source that all kernels share: imports, the runtime's modules and the call that runs it.
 
     Returns:
         The source, with SETTINGS_PLACE where a kernel has its settings.
@@ -270,18 +274,26 @@ def shorten_docstrings(source: str, tree: ast.Module) -> list[str]:
 
 
 def drop_sections(docstring_lines: list[str]) -> list[str]:
-    """Drop the sections at the end of a docstring, from the first of Args, Returns and Raises on."""
+    """Drop the sections at the end of a docstring, from the first of Args, Returns and Raises on.
+
+    The lines are those of the source, quotes included: the last of several holds the closing ones.
+    """
     for place, line in enumerate(docstring_lines):
-        if line.strip() in ("Args:", "Returns:", "Raises:"):
-            kept_lines = docstring_lines[: place - 1]  # without the blank line above
-            if len(kept_lines) == 1:
-                return [kept_lines[0] + '"""']
-            return [*kept_lines, docstring_lines[-1]]
+        if line.strip() not in ("Args:", "Returns:", "Raises:"):
+            continue
+
+        # The blank line above the section goes too. If only the summary is left, the docstring is
+        # closed in its line.
+        kept_lines = docstring_lines[: place - 1]
+        if len(kept_lines) == 1:
+            return [kept_lines[0] + '"""']
+        closing_quotes = docstring_lines[-1]
+        return [*kept_lines, closing_quotes]
     return docstring_lines
 
 
 def list_defined_names(statement: ast.stmt) -> list[str]:
-    """List the names that a module's statement defines: a function, a class or constants."""
+    """List the names that a statement at the top level of a module defines: a function, a class or constants."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return [statement.name]
     if isinstance(statement, ast.Assign):

@@ -52,6 +52,8 @@ def weigh(spec_path: Path, write: bool) -> None:
     rows = read_rows(spec)
     metric = COMPETITIONS[spec.competition].metric
     fitted = fit_mixture(rows, metric)
+
+    # By how much the loss of each row is less than with equal weights.
     number_of_models = len(spec.packages)
     equal = Mixture(np.full(number_of_models, 1 / number_of_models))
     gains = compute_losses(rows, equal, metric) - compute_losses(rows, fitted, metric)
@@ -158,9 +160,10 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
     exact_steps = kept / kept.sum() * WEIGHT_STEPS
     steps = np.floor(exact_steps).astype(int)
 
-    # The steps that are lost by rounding down go to the weights that lost most.
+    # The steps that are lost by rounding down go to the weights that lost most, one to each.
     steps_left = WEIGHT_STEPS - steps.sum()
-    largest_remainder_first = np.argsort(steps - exact_steps)
+    remainders = exact_steps - steps
+    largest_remainder_first = np.argsort(-remainders)
     steps[largest_remainder_first[:steps_left]] += 1
     return steps / WEIGHT_STEPS
 
@@ -168,11 +171,14 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
 def describe_gain(gains: np.ndarray, metric: str) -> str:
     """Say what the fitted weights gain over equal ones, and whether that is more than noise.
 
-    `gains` is by how much each row's loss is less, shape (n,).
+    Args:
+        gains: By how much the loss of each row is less than with equal weights, shape (n,).
+        metric: The competition's metric, which decides what loss that is.
     """
-    # A bootstrap over rows, each a group of its own.
+    # The 95 % interval of the mean gain, by a bootstrap in which each row is a group of its own.
+    group_of_each_row = np.arange(len(gains))
     all_rows = np.full(len(gains), True)
-    low, high = interval(gains, all_rows, resample(np.arange(len(gains))))
+    low, high = interval(gains, all_rows, resample(group_of_each_row))
 
     loss_name = "Brier score" if metric == "brier_score" else "log loss"
     sentence = (
@@ -234,13 +240,16 @@ def measure_ensemble(spec: Spec) -> dict | None:
     Returns:
         rows, accuracy, log_loss and brier_score; None where a run's rows are absent, or its package is of an earlier training.
     """
-    # The rows of another training say nothing of the weights in the package.
+    # Training writes a contract, and packaging copies it. Where the two differ, the run was trained
+    # again since, and its rows say nothing of the weights in the package.
     for package in spec.packages:
         folder = package_folder(package.run)
-        trained = fingerprint(folder.parent / "contract.json")
-        packaged = fingerprint(folder / "contract.json")
-        if trained is None or trained != packaged:
+        contract_of_run = fingerprint(folder.parent / "contract.json")
+        contract_of_package = fingerprint(folder / "contract.json")
+        if contract_of_run is None or contract_of_run != contract_of_package:
             return None
+
+    # Nobody has to train the runs on the same folds: without rows in common there is no measurement.
     try:
         rows = read_rows(spec)
     except UserError:

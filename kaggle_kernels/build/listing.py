@@ -60,7 +60,7 @@ def describe_spec(path: Path) -> list[str]:
     spec = read_spec(path)
     fits = fit_packages(path, spec)
 
-    # PACKAGE_COLUMNS hold a line for each package.
+    # Each cell below PACKAGE_COLUMNS holds a line for each package.
     lines_by_package = [describe_package(fit, spec) for fit in fits]
     package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 

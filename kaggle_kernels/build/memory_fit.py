@@ -55,8 +55,8 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
         # An encoder is small enough for one GPU, and the runtime has no way to split it.
         if package.placement == "split" and served.base.is_encoder:
             raise UserError(
-                f"{package_key}.placement: split is for decoders, {package.run} is an encoder; "
-                "write each"
+                f"{package_key}.placement: found split, but {package.run} is an encoder, which the "
+                "kernel cannot split; write each"
             )
         if served.quantize in BITSANDBYTES and spec.wheels is None:
             raise UserError(
@@ -79,7 +79,11 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
 
 
 def find_recipe(run: str, package_key: str) -> Recipe:
-    """Find the recipe with a run's name, in recipes/ of the current folder or among the project's."""
+    """Find the recipe that a run was trained by: it has the run's name.
+
+    The current folder's recipes/ comes before the project's own. `package_key` says in messages where the
+    spec names the run.
+    """
     # A run may be a part of another, as in gemma2_cls/mean.
     name = run.split("/")[0]
     for folder in (Path("recipes"), RECIPES):
@@ -88,8 +92,8 @@ def find_recipe(run: str, package_key: str) -> Recipe:
             return read_recipe(path)
 
     raise UserError(
-        f"{package_key}.run: no recipes/{name}.yml, which says base model and quantisation; "
-        "name a recipe's run"
+        f"{package_key}.run: there is no recipes/{name}.yml, which would say the base model and the "
+        "quantisation; name a run that has a recipe"
     )
 
 
@@ -127,22 +131,31 @@ def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key:
 def check_row_length(
     served: Served, spec_path: Path, spec: Spec, package: PackageBlock, recipe: Recipe
 ) -> None:
-    """Raise UserError where the longest row fits neither a batch nor the model's positions."""
+    """Check that the kernel can score the longest row that a model is given.
+
+    A row has at most `served.budget_tokens` tokens. They must fit into one batch, and the model must have a
+    position for each of them.
+
+    Raises:
+        UserError: The longest row is too long for a batch, or for the model.
+    """
+    # Where the longest row's length is written: the spec's own key replaces the recipe's.
+    if spec.budget_tokens is not None:
+        budget_key = f"{spec_path}: budget_tokens"
+    else:
+        budget_key = f"{recipe.path}: pairwise.budget_tokens"
+
     if served.budget_tokens > spec.tokens_per_batch:
         raise UserError(
-            f"{spec_path}: tokens_per_batch: {spec.tokens_per_batch}, but a row of {package.run} "
-            f"may have {served.budget_tokens} ({recipe.path}: pairwise.budget_tokens); raise it"
+            f"{spec_path}: tokens_per_batch: found {spec.tokens_per_batch}, but one row of "
+            f"{package.run} may have {served.budget_tokens} tokens ({budget_key}); raise tokens_per_batch"
         )
 
     # Beyond its positions a model has no embedding, or was never trained.
     positions = served.base.positions
     if positions and served.budget_tokens > positions:
-        if spec.budget_tokens is not None:
-            budget_key = f"{spec_path}: budget_tokens"
-        else:
-            budget_key = f"{recipe.path}: pairwise.budget_tokens"
         raise UserError(
-            f"{budget_key}: {served.budget_tokens}, but {recipe.axolotl['base_model']} has "
+            f"{budget_key}: found {served.budget_tokens}, but {recipe.axolotl['base_model']} has only "
             f"{positions} positions; lower it"
         )
 

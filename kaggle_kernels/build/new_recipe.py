@@ -189,22 +189,24 @@ def list_linear_names(model: torch.nn.Module) -> list[str]:
 
 
 def choose_pad_token(tokenizer, template: Template) -> str | None:
-    """Choose a pad token for a recipe.
+    """Choose the token by which shorter rows of a batch are filled up, for a new recipe.
 
     A row must not end with it: a classifier reads the last token that is no padding.
 
     Returns:
         The token; None where the tokenizer's own will do.
     """
+    # The text at the end of each row: the template's end, or where that is empty, the end of a turn.
     row_end = template.end or template.turn
     if tokenizer.pad_token and not row_end.endswith(tokenizer.pad_token):
         return None
 
-    contents = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    # Tokens beside the vocabulary, such as <|finetune_right_pad_id|> and <|reserved_special_token_0|>.
+    special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
     for word in ("pad", "reserved"):
-        for content in contents:
-            if word in content and not row_end.endswith(content):
-                return content
+        for special_token in special_tokens:
+            if word in special_token and not row_end.endswith(special_token):
+                return special_token
     raise UserError(
         f"--base: {tokenizer.name_or_path} has no pad token and no reserved token; write the recipe by hand, with "
         "special_tokens: {pad_token: …}"
@@ -236,7 +238,10 @@ def check_recipe(path: Path, new: NewModel, tokenizer) -> None:
 
 
 def keep_sizes(base: str, config: PretrainedConfig, base_model: BaseModel) -> None:
-    """Keep a hub model's numbers, so that `build` needs no hub; a folder is measured when it is asked for."""
+    """Keep the sizes of a hub's model in this repository, so that `build` needs no hub.
+
+    A model in a folder needs no record: it is measured whenever its sizes are needed.
+    """
     if Path(base).is_dir():
         return
     records = dict(read_records())

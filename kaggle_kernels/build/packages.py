@@ -56,12 +56,13 @@ def find_package(fit: Fit) -> Path:
 
 
 def choose_temperature(spec: Spec) -> float:
-    """Choose the temperature of a kernel's final probabilities.
+    """Choose the temperature of a kernel's final probabilities: above 1 they become less sure, below 1 surer.
+
+    A temperature in the spec comes first. Without one, a single model that answers with probabilities has
+    the temperature that packaging measured: that of the least log loss on the validation rows.
 
     Returns:
-        The spec's own, if it has one. Else that with the least log loss on the validation rows of
-        the package in outputs/, where a single model answers with probabilities and its 95 %
-        interval excludes 1. Else 1.
+        The temperature; 1, which changes nothing, where none was measured or the measured one may be chance.
     """
     if spec.temperature is not None:
         return spec.temperature
@@ -78,6 +79,7 @@ def choose_temperature(spec: Spec) -> float:
     if measured is None:
         return 1.0
 
+    # Where its 95 % interval, from low to high, holds 1, the best temperature may be chance.
     estimate = measured[spec.orders]
     excludes_one = estimate["low"] > 1 or estimate["high"] < 1
     return estimate["best"] if excludes_one else 1.0
@@ -89,7 +91,7 @@ def check_dataset(folder: Path, fit: Fit) -> None:
     slug = dataset_id.split("/")[-1]  # OWNER/SLUG
     if slug != fit.package.dataset:
         raise UserError(
-            f"{folder / METADATA}: id: found the dataset {slug!r}, the spec says "
+            f"{folder / METADATA}: id: found the dataset {slug!r}, but the spec names "
             f"{fit.package.dataset!r}; run `python -m postprocess {fit.recipe.path}` again"
         )
 
@@ -128,16 +130,16 @@ def check_base_model(folder: Path, recipe: Recipe) -> None:
 
     if not is_same_model(base_model, trained_from) and not is_local_copy:
         raise UserError(
-            f"{recipe.path}: base_model is {base_model}, {folder} was made of {trained_from}; put "
-            "that back, or train, package and build again"
+            f"{recipe.path}: base_model is {base_model}, but {folder} was trained from {trained_from}; "
+            f"write {trained_from} again, or train, package and build with the new model"
         )
 
 
 def check_weight_bytes(folder: Path, fit: Fit) -> None:
     """Raise UserError where a package's weights are larger than the base model of its recipe.
 
-    Whether a kernel's models fit the GPUs is computed from the recipe's base model. A package of a larger
-    one, trained with --base-model, would run out of memory on Kaggle.
+    Whether a kernel's models fit the GPUs is computed from the recipe's base model. A package that was
+    trained from a larger one, with --base-model, would run out of memory on Kaggle.
     """
     bytes_on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     bytes_computed = sum(weight_bytes(fit.served))
@@ -147,19 +149,19 @@ def check_weight_bytes(folder: Path, fit: Fit) -> None:
 
     trained_from = read_object(folder / "contract.json").get("base_model")
     raise UserError(
-        f"{folder}: {bytes_on_disk / GIB:.1f} GiB of weights, {fit.recipe.path} comes to "
-        f"{bytes_computed / GIB:.1f}, which the kernel's memory was computed for; it was packaged "
-        f"from {trained_from}: make that the base_model, and build"
+        f"{folder}: its weights have {bytes_on_disk / GIB:.1f} GiB, but the kernel's memory was computed "
+        f"for {bytes_computed / GIB:.1f}, from the base_model in {fit.recipe.path}; it was packaged from "
+        f"{trained_from}: write that as the base_model, and build again"
     )
 
 
 def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
-    """Identify a build of a kernel, so that a rehearsal can be matched with what is pushed.
+    """Identify a kernel and its packages by hashes, so that what is pushed can be matched with what was rehearsed.
 
-    `kernel` is the folder with kernel.py, `packages` are those of the packages, by dataset.
+    `kernel` is the folder with kernel.py, `packages` the folder of each package by its dataset on Kaggle.
 
     Returns:
-        The SHA-256 of kernel.py, and by dataset that of each package's manifest.json.
+        `kernel_sha256`, of kernel.py, and `packages`: the SHA-256 of each manifest.json, by dataset.
     """
     manifest_hashes = {dataset: sha256(folder / MANIFEST) for dataset, folder in packages.items()}
     return {"kernel_sha256": sha256(kernel / "kernel.py"), "packages": manifest_hashes}

@@ -164,6 +164,8 @@ class Spec(_Strict):
         if value is None:
             return None
 
+        # A number holds for any number of rows. A mapping such as {10000: 16200, null: 32400} has the
+        # limit of up to 10,000 rows, and behind null that of any more.
         seconds_by_rows = value if isinstance(value, dict) else {None: value}
         for rows, seconds in seconds_by_rows.items():
             is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
@@ -175,7 +177,9 @@ class Spec(_Strict):
                 raise ValueError(f"expected a number of rows, or null for any more, found {rows!r}")
 
         if None not in seconds_by_rows:
-            raise ValueError("says nothing of more rows; add null: SECONDS")
+            raise ValueError(
+                "a test file may have more rows than any limit here is for; add null: SECONDS"
+            )
         return seconds_by_rows
 
     @field_validator("title")
@@ -185,7 +189,8 @@ class Spec(_Strict):
         slug = slugify(title)
         if len(slug) < SHORTEST_TITLE:
             raise ValueError(
-                f"its slug would be {slug!r}, Kaggle wants {SHORTEST_TITLE} characters or more"
+                f"Kaggle would make the slug {slug!r} of it, which needs {SHORTEST_TITLE} characters or more; "
+                "give a longer title"
             )
         return title
 
@@ -201,7 +206,7 @@ class Spec(_Strict):
         for key in ("run", "dataset"):
             distinct_values = {getattr(package, key) for package in packages}
             if len(distinct_values) < len(packages):
-                raise ValueError(f"two packages have the same {key}")
+                raise ValueError(f"two packages have the same {key}; each needs one of its own")
 
         return packages
 
@@ -210,7 +215,8 @@ class Spec(_Strict):
         package_datasets = [package.dataset for package in self.packages]
         if self.wheels in package_datasets:
             raise ValueError(
-                f"wheels: {self.wheels} is a package's dataset; name the one with bitsandbytes, pairwise-wheels"
+                f"wheels: found {self.wheels}, which is the dataset of a package; name the one with the wheel of "
+                "bitsandbytes, e.g. pairwise-wheels"
             )
         return self
 

@@ -101,11 +101,11 @@ def plan_serving(base: BaseModel, head: str, budget_tokens: int) -> Serving | No
     """Choose the format in which two T4s serve a model; None where they cannot hold it."""
     # The first format that fits is taken: the fastest stands first.
     for quantize, placement, tokens_per_batch in SERVINGS:
-        served = Served(base, head, quantize, softcap=False, budget_tokens=budget_tokens)
         if placement == "split" and base.is_encoder:
-            continue
-        needed_bytes = place(served, tokens_per_batch, placement)[1]
-        if max(needed_bytes) <= GPU_BYTES:
+            continue  # the kernel cannot split an encoder
+        served = Served(base, head, quantize, softcap=False, budget_tokens=budget_tokens)
+        _, bytes_by_gpu = place(served, tokens_per_batch, placement)
+        if max(bytes_by_gpu) <= GPU_BYTES:
             return Serving(quantize, placement, tokens_per_batch)
     return None
 

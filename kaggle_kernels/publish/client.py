@@ -68,7 +68,10 @@ class Pace:
     patience_seconds: float = 3600
 
     def looks(self) -> Iterator[int]:
-        """Count from 0, with a pause before each number but the first, until the patience is over."""
+        """Count from 0, with a pause before each number but the first, until the patience is over.
+
+        A loop over these numbers asks Kaggle once in each round.
+        """
         deadline = time.monotonic() + self.patience_seconds
         number = 0
         while True:
@@ -148,7 +151,9 @@ def connect(pace: Pace) -> Kaggle:
 
 
 def log_in(transport: Transport, pace: Pace) -> str:
-    """Find the user's credentials where the kaggle command looks for them, in the same order, and send them from now on.
+    """Find the user's credentials, and have `transport` send them from now on.
+
+    They are looked for where the kaggle command looks, in the same order.
 
     Returns:
         The user's name on Kaggle.
@@ -205,8 +210,8 @@ def read_key_file() -> dict:
 def ask(pace: Pace, method: Callable, request):
     """Make a call that only reads, and repeat it for a minute where the connection or Kaggle fails.
 
-    Calls that change something do not go through here: repeated, one that took effect would make a
-    second version, run or submission.
+    Calls that change something do not go through here. Such a call may take effect although its answer
+    is lost: repeated, it would make a second version, run or submission.
 
     Raises:
         Refused: Kaggle answered with an error.

@@ -51,12 +51,12 @@ def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
     """Make a folder the current version of its dataset on Kaggle, unless it is that already.
 
     Returns:
-        The dataset's `version`, and its `manifest`: the SHA-256 of that file.
+        The number of the dataset's `version`, and as `manifest` the SHA-256 of the file that lists the others.
 
     Raises:
         UserError: That cannot be done now. The next call goes on from what has arrived.
     """
-    # Kaggle may still be processing a version that an earlier push made.
+    # Kaggle may still be processing a version that an earlier push made: any version will do here.
     remote = read_dataset(kaggle, folder)
     if remote:
         remote = wait_until_settled(kaggle, folder, after_version=0)
@@ -143,14 +143,14 @@ def create_version(kaggle: Kaggle, folder: DatasetFolder, is_new: bool) -> None:
     try:
         request_version(kaggle, folder, tokens, is_new)
     except Refused as error:
-        remedy = "mend that, then run this again: what went up is not sent twice"
-        if error.status == 403:
-            remedy = "perhaps another version is still processed: run this again"
-
         # Kaggle deletes files that no dataset took in for a while: those of an earlier push may be gone.
         if has_earlier_uploads and error.status in (400, 404):
             forget_all_uploads(folder)
             remedy = "run this again, which sends every file anew"
+        elif error.status == 403:
+            remedy = "perhaps another version is still processed: run this again"
+        else:
+            remedy = "mend that, then run this again: what went up is not sent twice"
         raise UserError(f"{folder.ref}: {error}; {remedy}") from None
 
 
@@ -215,11 +215,11 @@ def find_differences(
     if differences:
         return differences
 
-    # The manifest lists the hash of every other file: where it is the same, they are.
+    # The manifest lists the hash of every other file: where it is the same, so are they.
     manifest_here = (folder.path / folder.manifest).read_bytes()
     manifest_there = download_file(kaggle, folder, folder.manifest, remote.version)
     if manifest_there != manifest_here:
-        return dict.fromkeys(sizes_here, "is another one, says the manifest")
+        return dict.fromkeys(sizes_here, "may have other content, since the manifest differs")
     return {}
 
 

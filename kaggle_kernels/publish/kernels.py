@@ -84,7 +84,14 @@ class RunStatus:
 
 
 def read_kernel(folder: Path, owner: str, versions: Mapping[str, int]) -> Kernel:
-    """Read a built kernel as it is to be on Kaggle, pinned to the datasets' `versions` (by owner/slug; may be empty)."""
+    """Read a built kernel from its folder, and fill in what only the push knows.
+
+    Args:
+        folder: The folder with kernel.py and kernel-metadata.json, which has a placeholder for the owner.
+        owner: The user's name on Kaggle.
+        versions: The versions of the datasets that the kernel is to read, by owner/slug. A dataset that is
+            not among them is named without a version.
+    """
     metadata = read_object(folder / METADATA)
     sources = []
     for source in metadata["dataset_sources"]:
@@ -155,7 +162,7 @@ def drop_hidden_versions(expected: list[str], actual: list[str]) -> list[str]:
 
 
 def may_be_hidden(key: str, expected: object, actual: object) -> bool:
-    """Tell whether Kaggle just does not show a value of the metadata, which is then no difference."""
+    """Tell whether a value of the metadata is absent only because Kaggle does not show it."""
     if actual:
         return False
 
@@ -213,10 +220,11 @@ def check_accepted(answer: ApiSaveKernelResponse) -> None:
     if not problems:
         return
 
-    # Where only owner/slug/VERSION was refused, a push that names no versions may do.
+    # Where only datasets named owner/slug/VERSION were refused, a push without versions may do.
     refused_datasets = answer.invalid_dataset_sources or []
     has_versions = any(source.count("/") == 2 for source in refused_datasets)
-    if has_versions and len(problems) == 1:
+    is_only_problem = len(problems) == 1
+    if has_versions and is_only_problem:
         raise PinsRefused(
             f"{problems[0]}: version {answer.version_number} runs without them, and ends in an "
             "error; run push again, which names datasets without their versions",

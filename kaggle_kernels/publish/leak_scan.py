@@ -81,15 +81,19 @@ def find_matches(path: Path, text: str, patterns: Sequence[str], name: str) -> I
 def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     """Find files that hold texts of the competition's pairs, which may not be published.
 
-    A file holds a row's text where both have two n-grams in common: 48 characters, without regard
-    to case, spaces and punctuation. Each such file is one problem.
+    Texts are compared by n-grams: stretches of NGRAM_CHARACTERS characters, without regard to case, spaces and
+    punctuation. A file holds a row's text where it has NGRAMS_OF_A_ROW of the row's n-grams.
+
+    Returns:
+        A line for each file in `folders` that holds texts of the file `pairs`.
     """
     ngrams_by_path = {}
     for folder in folders:
         for path in sorted(folder.iterdir()):
             ngrams_by_path[path] = cut_file(path)
 
-    # A file has an n-gram at each of its characters. So a row's need not overlap to be found there.
+    # A file's n-grams begin at each of its characters, so that n-grams of a row that lie end to end are
+    # enough: wherever its text stands in the file, they are found.
     ids_by_path: dict[Path, list[str]] = {}
     for row_id, beginnings in read_beginnings(pairs):
         row_ngrams = set()
@@ -104,13 +108,13 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     for path, ids in ids_by_path.items():
         problems.append(
             f"{path}: holds texts of {len(ids):,} of the pairs in {pairs} (id {ids[0]}), which the "
-            "competition does not let out; take them out, and make the folder again"
+            "competition does not allow to publish; take them out, and make the folder again"
         )
     return problems
 
 
 def cut_file(path: Path) -> set[str]:
-    """Cut a file's text into n-grams, one at each character; none if it cannot hold rows."""
+    """Cut a file's text into n-grams, one at each character; no n-grams for a file that cannot hold rows."""
     is_binary = path.suffix in (".safetensors", ".whl")
     if is_binary or path.name in VOCABULARIES or not path.is_file():
         return set()

@@ -114,7 +114,7 @@ def check_package(folder: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
 
-    # Files that differ must be made again, so that their content is not looked at.
+    # Where files differ from the manifest, the package must be made again: no need to look into them.
     problems = compare_with_manifest(folder, MANIFEST, manifest.files)
     if problems:
         return problems
@@ -122,7 +122,7 @@ def check_package(folder: Path) -> list[str]:
     # The manifest itself may lack a file that the kernel needs.
     for name in REQUIRED_NAMES:
         if not (folder / name).is_file():
-            problems.append(f"{folder / name}: missing, a package has it; {REMAKE}")
+            problems.append(f"{folder / name}: missing, but every package has it; {REMAKE}")
     if not list(folder.glob("model*.safetensors")):
         problems.append(f"{folder}: no model*.safetensors; {REMAKE}")
 
@@ -166,7 +166,7 @@ def compare_with_manifest(
         # The size first: the hash of gigabytes takes a minute.
         if path.stat().st_size != expected.bytes or sha256(path) != expected.sha256:
             problems.append(
-                f"{path}: changed since it was made, {manifest} has another size or SHA-256; {REMAKE}"
+                f"{path}: changed since it was made, as {manifest} lists another size or SHA-256; {REMAKE}"
             )
 
     for path in sorted(folder.iterdir()):
@@ -176,7 +176,11 @@ def compare_with_manifest(
 
 
 def check_kind(path: Path) -> list[str]:
-    """Check that a file's content is of the kind that its name says; a list of no or one problem."""
+    """Check that a file's content is of the kind that its name says.
+
+    Returns:
+        The first problem, as a list of one line; empty where there is none.
+    """
     try:
         if path.suffix == ".safetensors":
             check_safetensors(path)
@@ -192,13 +196,13 @@ def check_kind(path: Path) -> list[str]:
 
 
 def read_as(schema: type[BaseModel], path: Path):
-    """Read a JSON file; UserError with the first key that does not follow the schema."""
+    """Read a JSON file as `schema` describes it; UserError names the first key that does not follow that."""
     try:
         return schema.model_validate(read_object(path))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {key}: {first['msg'].lower()}; {REMAKE}") from None
+        first_problem = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first_problem["loc"])
+        raise UserError(f"{path}: {key}: {first_problem['msg'].lower()}; {REMAKE}") from None
 
 
 def check_safetensors(path: Path) -> None:
@@ -223,5 +227,5 @@ def check_model_input(path: Path) -> None:
     expected = read_object(contract).get("model_input_sha256") if contract.is_file() else None
     if sha256(path) != expected:
         raise UserError(
-            f"{path}: not the file that the model was trained with, says {CONTRACT}; {REMAKE}"
+            f"{path}: not the file that the model was trained with: {CONTRACT} has another SHA-256; {REMAKE}"
         )

@@ -67,33 +67,40 @@ def check_build(spec_path: Path) -> list[str]:
 
 
 def check_files_and_agreement(fit: Fit) -> list[str]:
-    """Check that a package is the recipe's, holds its files only, and agrees with the trained model."""
+    """Check that a package is the recipe's, holds its files only, and answers as the trained model did.
+
+    Packaging has compared the answers and written the result to agreement.json. It is not measured again.
+    """
     folder = find_package(fit)
     problems = check_package(folder)
 
-    # The probabilities of the golden rows show whether the agreement was measured on this package.
     file = folder.parent / "agreement.json"
-    remedy = f"run `python -m postprocess {fit.recipe.path}` again"
     agreement = read_object(file) if file.is_file() else {}
+    remedy = f"run `python -m postprocess {fit.recipe.path}` again"
     if agreement.get("agrees") is not True:
         problems.append(f"{file}: no agreement with the trained model; {remedy}")
-    elif agreement.get("golden") != read_object(folder / MANIFEST).get("golden"):
+        return problems
+
+    # Both files hold the probabilities of the golden rows, which differ from package to package.
+    if agreement.get("golden") != read_object(folder / MANIFEST).get("golden"):
         problems.append(
-            f"{file}: is of another package than {folder}, their golden probabilities differ; {remedy}"
+            f"{file}: is of another package than {folder}: their golden probabilities differ; {remedy}"
         )
     return problems
 
 
 def check_wheels_dataset(slug: str) -> list[str]:
-    """Check that the folder of wheels, which the kernel names, is there and whole."""
+    """Check the folder of wheels, the libraries that Kaggle's image lacks: it is there, whole, and for the dataset `slug`."""
     remedy = f"run `python -m postprocess.wheels --slug {slug}`"
     if not WHEELS.is_dir():
-        return [f"{WHEELS}: no wheels, and the spec names the dataset {slug}; {remedy}"]
+        return [f"{WHEELS}: no such folder, but the spec names the dataset {slug}; {remedy}"]
 
     problems = check_wheels(WHEELS)
     dataset = read_object(WHEELS / METADATA).get("id")
     if str(dataset).split("/")[-1] != slug:
-        problems.append(f"{WHEELS / METADATA}: id: found {dataset}, the spec says {slug}; {remedy}")
+        problems.append(
+            f"{WHEELS / METADATA}: id: found {dataset}, but the spec names {slug}; {remedy}"
+        )
     return problems
 
 
@@ -113,11 +120,14 @@ def check_secrets(folders: Sequence[Path], pairs: Sequence[Path]) -> list[str]:
 
 
 def check_rehearsal(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
-    """Check that a rehearsal passed, with the kernel and the packages as they are now."""
+    """Check that a rehearsal passed, with the kernel and the packages as they are now.
+
+    A rehearsal that passes writes rehearsal.json. `folders` are those of the packages, by dataset.
+    """
     file = spec_folder(spec_path) / "rehearsal" / "rehearsal.json"
     remedy = f"run `python -m kaggle_kernels rehearse {spec_path.stem} --test FILE`"
     if not file.is_file():
-        return [f"{file}: missing: no rehearsal passed; {remedy}"]
+        return [f"{file}: missing, so that no rehearsal has passed; {remedy}"]
 
     # Without these files there is nothing to compare; each is reported by its own check.
     manifests = [folder / MANIFEST for folder in folders.values()]
@@ -134,6 +144,6 @@ def check_rehearsal(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
     for dataset, manifest in current["packages"].items():
         if rehearsed["packages"].get(dataset) != manifest:
             problems.append(
-                f"{file}: was with another package {dataset} than {folders[dataset]}; {remedy}"
+                f"{file}: was with another package for {dataset} than that in {folders[dataset]}; {remedy}"
             )
     return problems

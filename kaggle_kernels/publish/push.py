@@ -131,8 +131,11 @@ def publish_kernel(
     again: bool,
     latest_image: bool,
 ) -> None:
-    """Push the spec's kernel and its published `datasets`, by owner/slug; see `push`."""
-    # The datasets are pinned to their versions, unless Kaggle refuses that.
+    """Push the spec's kernel, which reads the published `datasets` (by owner/slug), unless Kaggle has it already.
+
+    With `again` it is pushed in any case. `latest_image` is for push_kernel.
+    """
+    # The kernel names the version of each dataset, unless Kaggle has refused that before.
     versions = {}
     if not PINS_REFUSED.exists():
         versions = {ref: dataset["version"] for ref, dataset in datasets.items()}
@@ -143,7 +146,7 @@ def publish_kernel(
         print(f"{record}: is there, {record.url}", flush=True)
         return
 
-    # An interrupted push has started its run already.
+    # A push that was interrupted has started its run already, and only has to be finished.
     if record is None or record.is_finished:
         record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
     finish_push(kaggle, spec_path, kernel, record)
@@ -298,22 +301,29 @@ def read_note(path: Path, note_type: type):
         return note_type(**read_object(path))
     except TypeError:
         raise UserError(
-            f"{path}: not written by this version; see on Kaggle what was done, then remove it"
+            f"{path}: not written by this version of the program; look on Kaggle what was done, then "
+            "remove the file"
         ) from None
 
 
 def require_push(spec_path: Path) -> PushRecord:
     """Read the last push of a spec; UserError where there was none, or it did not end well."""
     record = read_record(spec_path)
-    if record is None or not record.is_finished:
-        problem = "the push did not end" if record else "nothing was pushed"
-        raise UserError(f"{record_path(spec_path)}: {problem}; run push {spec_path.stem} first")
+    path = record_path(spec_path)
+    if record is None:
+        raise UserError(f"{path}: nothing was pushed; run push {spec_path.stem} first")
+    if not record.is_finished:
+        raise UserError(f"{path}: the push did not end; run push {spec_path.stem} again")
     return record
 
 
 @contextmanager
 def one_at_a_time(lock: Path, command: str) -> Iterator[None]:
-    """Raise UserError where the same command runs in this folder already, and turn Ctrl-C into one line."""
+    """Let one `command` at a time run in this folder, and end it with one line on Ctrl-C.
+
+    Raises:
+        UserError: The same command runs here already, or Ctrl-C was pressed.
+    """
     # The system lets go of the lock when a process is killed, so that none is ever left behind.
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:

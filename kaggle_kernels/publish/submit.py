@@ -45,7 +45,7 @@ class Submission:
     refs_before: list[int]  # of all submissions before it
 
     def is_of(self, pushed: PushRecord, message: str) -> bool:
-        """Whether it is of that version, with that message."""
+        """Whether it is a submission of that kernel's version, with that message."""
         wanted = (pushed.kernel, pushed.version, message)
         return (self.kernel, self.version, self.message) == wanted
 
@@ -61,7 +61,7 @@ def submit(
     """
     if not message.strip():
         raise UserError(
-            "-m: is blank; say what is submitted, for by its message a submission is found again"
+            "-m: the message is blank; say what is submitted: by its message a submission is found in Kaggle's list"
         )
     if not yes and not can_ask():
         raise UserError("submit asks before it submits, and there is nobody to ask: add --yes")
@@ -172,7 +172,9 @@ def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
 
     # A kernel that was deleted and made anew counts its versions from 1 again.
     if shown.fingerprint()["code"] != pushed.fingerprint["code"]:
-        raise UserError(f"{pushed}: is not what was pushed, its code is another; run push again")
+        raise UserError(
+            f"{pushed}: is not what was pushed: Kaggle shows other code; run push again"
+        )
 
     run = read_status(kaggle, pushed.kernel, pushed.version)
     if run.word != "COMPLETE":
@@ -195,21 +197,26 @@ def check_output(kaggle: Kaggle, pushed: PushRecord, out: Path) -> None:
         if not (out / name).is_file():
             raise UserError(f"{pushed}: its output has no {name}; its log says why: status")
 
-    # kernel.json names a dataset by its slug alone, the push by owner/slug.
-    pushed_manifests = {}
+    # The hash of each package's manifest. kernel.json names a dataset by its slug alone, the push by
+    # owner/slug.
+    pushed_hashes = {}
     for ref, dataset in pushed.datasets.items():
-        pushed_manifests[ref.split("/")[1]] = dataset["manifest"]
+        slug = ref.split("/")[1]
+        pushed_hashes[slug] = dataset["manifest"]
 
-    run_manifests = read_object(out / RECORD).get("manifests") or {}
-    differing_slugs = []
-    for slug, manifest in run_manifests.items():
-        if pushed_manifests.get(slug) != manifest:
-            differing_slugs.append(slug)
-    if differing_slugs or not run_manifests:
-        names = " and ".join(differing_slugs) or "run"
+    read_hashes = read_object(out / RECORD).get("manifests") or {}
+    differing = []
+    for slug, manifest_hash in read_hashes.items():
+        if pushed_hashes.get(slug) != manifest_hash:
+            differing.append(slug)
+
+    # A kernel.json that names no package was not written by the kernel that was pushed.
+    if not read_hashes:
+        differing.append("run")
+    if differing:
         raise UserError(
-            f"{pushed}: the output that Kaggle has is of another {names}; give it a minute, then "
-            "status --wait and submit; if it stays, push --again"
+            f"{pushed}: the output that Kaggle has is of another {' and '.join(differing)}; wait a minute, "
+            "then run status --wait and submit again; if that does not help, run push --again"
         )
 
 
@@ -223,7 +230,7 @@ def list_submissions(kaggle: Kaggle, competition: str) -> list[ApiSubmission]:
 
 
 def send(kaggle: Kaggle, spec_path: Path, submission: Submission) -> int:
-    """Submit a kernel's version. The call is never repeated.
+    """Submit a kernel's version, by one call that is never repeated.
 
     Returns:
         The submission's ref on Kaggle.

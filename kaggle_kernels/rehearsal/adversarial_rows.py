@@ -85,9 +85,11 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, competition: Competition
 def draw_scored(table: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Draw for each adversarial row whether it counts on the leaderboard: yes, no or null.
 
-    The column `scored` says so; one in SEEDS_WITHOUT_SCORED seeds leaves it out altogether.
+    Kaggle's test files may have a column `scored` that says so. With one in SEEDS_WITHOUT_SCORED seeds the
+    table has none.
     """
-    if seed % SEEDS_WITHOUT_SCORED == SEEDS_WITHOUT_SCORED - 1:
+    leaves_column_out = seed % SEEDS_WITHOUT_SCORED == SEEDS_WITHOUT_SCORED - 1
+    if leaves_column_out:
         return table.drop(SCORED, strict=False)
 
     rng = random.Random(seed)
@@ -116,7 +118,7 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
     for kind in LONG:
         long_kinds += [kind] * (rows // ROWS_PER_LONG_ROW)
 
-    # More than enough of the short kinds; what is too much is cut off at the end.
+    # More than enough of the short kinds: the list is cut to its length at the end.
     short_kinds = []
     repeats = math.ceil(number / (len(KINDS) - len(LONG)))
     for kind in KINDS:
@@ -149,7 +151,7 @@ def convert_text(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.R
 
 def as_json_turns(text: Field, rng: random.Random) -> str | None:
     """Write a text as a JSON list of turns, in one of the spellings that LMSYS's files may have."""
-    # Each of these means that there is no text.
+    # Each of these three says in a file that there is no text.
     if text is None:
         return rng.choice((None, "null", "[null]"))
 

@@ -50,19 +50,22 @@ def check_faults(scenario: Scenario) -> None:
     """Raise UserError if workers are to be killed on a system where they cannot be found."""
     if kills_workers(scenario) and not PROC.is_dir():
         raise UserError(
-            f"--kill-every, --lose-all-at: no {PROC}, in which workers are found; "
-            "rehearse faults on Linux"
+            f"--kill-every, --lose-all-at: workers are found in {PROC}, which this system lacks; "
+            "rehearse these faults on Linux"
         )
 
 
 def check_happened(
     scenario: Scenario, kills: Sequence[Kill], clock_ended: bool, seconds: float
 ) -> None:
-    """Raise UserError if a fault did not happen in a run of `seconds`, which then proves nothing."""
+    """Raise UserError where a fault that the scenario asks for did not happen: such a run proves nothing.
+
+    The kernel ran for `seconds`; `kills` and `clock_ended` are the faults that happened.
+    """
     if scenario.end_clock_at is not None and not clock_ended:
         raise UserError(
             f"--end-clock-at: the log never said that {scenario.end_clock_at} rows were scored while "
-            "the kernel ran; give fewer, or more --rows"
+            "the kernel ran; give a smaller number, or more --rows"
         )
     if scenario.lose_all_at is not None and not kills:
         raise UserError(
@@ -100,8 +103,8 @@ class Injection:
             self.rows_of_earlier_passes += self.rows_of_pass
         self.rows_of_pass = scored
 
-    def end_clock_in_time(self, kernel_pid: int, end_clock_at: int | None) -> None:
-        """Put the kernel's clock to its end, once, where so many rows are scored."""
+    def end_clock_if_due(self, kernel_pid: int, end_clock_at: int | None) -> None:
+        """Put the kernel's clock to its end, once `end_clock_at` rows are scored; None: never."""
         rows_scored = self.rows_of_earlier_passes + self.rows_of_pass
         if end_clock_at is None or self.clock_ended or rows_scored < end_clock_at:
             return
@@ -137,7 +140,7 @@ def inject_until_stopped(kernel_pid: int, scenario: Scenario, injection: Injecti
 
     while not injection.stop.wait(POLL_SECONDS):
         seconds = time.monotonic() - began
-        injection.end_clock_in_time(kernel_pid, scenario.end_clock_at)
+        injection.end_clock_if_due(kernel_pid, scenario.end_clock_at)
         workers = find_workers(kernel_pid)
 
         # A killed process is still listed for a moment.
@@ -157,7 +160,7 @@ def inject_until_stopped(kernel_pid: int, scenario: Scenario, injection: Injecti
         if next_kill_at is None:
             next_kill_at = seconds + scenario.kill_every
         if seconds >= next_kill_at:
-            # The workers take turns.
+            # The workers take turns: the number of kills so far says whose turn it is.
             victim = sorted(workers)[len(kills) % len(workers)]
             kill_worker(victim, workers[victim], seconds, kills)
             next_kill_at += scenario.kill_every

@@ -161,7 +161,10 @@ def prepare_inputs(
 
 
 def check_train_file(scenario: Scenario) -> None:
-    """Raise UserError if the train file does not exist, or if the hidden run would ignore it."""
+    """Raise UserError if the train file does not exist, or would not be read.
+
+    The kernel scores rows of it in the visible run. Options that change the test rows rehearse the hidden run.
+    """
     train_file = scenario.train_file
     if train_file is None:
         return
@@ -172,7 +175,8 @@ def check_train_file(scenario: Scenario) -> None:
         )
     if scenario.is_hidden:
         raise UserError(
-            "--train: only the visible run scores it; leave out --rows, --shuffle and --hostile"
+            "--train: only the visible run scores its rows, but --rows, --shuffle and --hostile "
+            "rehearse the hidden run; leave these out"
         )
 
 
@@ -206,7 +210,9 @@ def keep_results(working: Path, out: Path) -> None:
     """Copy the kernel's results to `out`; a UserError names one that it did not write."""
     for name in RESULTS:
         if not (working / name).is_file():
-            raise UserError(f"{name}: the kernel ended well and did not write it; its log says why")
+            raise UserError(
+                f"{name}: the kernel ended without an error, but did not write it; its log says why"
+            )
         with atomic_file(out / name) as temporary:
             shutil.copyfile(working / name, temporary)
 

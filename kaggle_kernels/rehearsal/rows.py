@@ -53,31 +53,30 @@ def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
 
 
 def check_columns(rows: pl.DataFrame, test_file: Path, competition: Competition) -> None:
-    """Raise UserError where columns are absent or hold no text, or there are no rows."""
+    """Raise UserError unless the test file has rows, each with an id and the texts."""
+    advice = f"give a file in the layout of {competition.slug}"
     missing = [name for name in ("id", *TEXTS) if name not in rows.columns]
-    wrong_type = [name for name in TEXTS if rows.schema.get(name) not in TEXT_TYPES]
     if missing:
-        problem = f"no column {', '.join(missing)}"
-    elif wrong_type:
-        problem = f"no text in {', '.join(wrong_type)}"
-    elif rows.is_empty():
-        problem = "no rows"
-    else:
-        return
-    raise UserError(f"{test_file}: {problem}; expected the layout of {competition.slug}")
+        raise UserError(f"{test_file}: no column {', '.join(missing)}; {advice}")
+
+    wrong_type = [name for name in TEXTS if rows.schema[name] not in TEXT_TYPES]
+    if wrong_type:
+        raise UserError(f"{test_file}: no text in {', '.join(wrong_type)}; {advice}")
+    if rows.is_empty():
+        raise UserError(f"{test_file}: no rows; {advice}")
 
 
 def check_ids(rows: pl.DataFrame, test_file: Path) -> None:
     """Raise UserError where an id is absent or occurs twice."""
     ids = rows["id"].cast(pl.String)
-    repeated_ids = ids.filter(ids.is_duplicated())
     if ids.null_count():
-        problem = "a row has no id"
-    elif not repeated_ids.is_empty():
-        problem = f"the id {repeated_ids[0]} occurs twice"
-    else:
-        return
-    raise UserError(f"{test_file}: {problem}; a submission needs every id once")
+        raise UserError(f"{test_file}: a row has no id; a submission needs every id once")
+
+    repeated_ids = ids.filter(ids.is_duplicated())
+    if not repeated_ids.is_empty():
+        raise UserError(
+            f"{test_file}: the id {repeated_ids[0]} occurs twice; a submission needs every id once"
+        )
 
 
 def make_rows(rows: pl.DataFrame, scenario: Scenario, competition: Competition) -> pl.DataFrame:
@@ -91,7 +90,8 @@ def make_rows(rows: pl.DataFrame, scenario: Scenario, competition: Competition) 
     """
     rng = random.Random(scenario.seed)
 
-    # Chosen by all rows of the file: a few of them may have ids that look like another kind.
+    # The kind of ids is that of the whole file: among the few rows that are drawn, text ids may all
+    # look like numbers.
     new_id_kind = choose_id_kind(rows, scenario)
 
     if scenario.size is not None:
@@ -120,14 +120,14 @@ def draw_rows(rows: pl.DataFrame, size: int, rng: random.Random) -> pl.DataFrame
 
 
 def shuffle_rows(rows: pl.DataFrame, rng: random.Random) -> pl.DataFrame:
-    """Put rows and ids into two random orders: ids then tell nothing about rows and lengths."""
+    """Put the rows into a random order and deal their ids out anew, so that an id tells nothing about its row."""
     shuffled_ids = rng.sample(rows["id"].to_list(), len(rows))
     places = rng.sample(range(len(rows)), len(rows))
     return rows[places].with_columns(pl.Series("id", shuffled_ids, rows.schema["id"]))
 
 
 def choose_id_kind(rows: pl.DataFrame, scenario: Scenario) -> str:
-    """Choose the kind of new ids: by the seed, or the file's own kind."""
+    """Choose the kind of new ids, "int" or "string": the file's own, or with adversarial rows by the seed."""
     # Whoever rehearses adversarial rows with a few seeds gets both kinds, whatever the file has.
     if scenario.hostile:
         seed_is_odd = scenario.seed % 2 == 1

@@ -92,7 +92,8 @@ def find_python(python: Path | None) -> Path:
         python = ROOT / ".venv-kaggle" / "bin" / "python"
     if not python.is_file():
         raise UserError(
-            f"{python}: absent; `make setup` makes the environment with Kaggle's versions"
+            f"{python}: no such file; run `make setup`, which installs Kaggle's versions there, or give "
+            "another Python with --python"
         )
     return python.absolute()
 
@@ -126,7 +127,7 @@ def run_as_kaggle(
     seconds = watcher.result()
     if seconds >= clock_seconds:
         raise UserError(
-            f"{name}: the kernel was ended: it was not done within its clock of "
+            f"{name}: the kernel was ended, since it was not done within its clock of "
             f"{clock_seconds:g} s (clock_seconds of the spec, or --clock); "
             f"its last line: {last_line}"
         )
@@ -179,9 +180,12 @@ def print_log(process: subprocess.Popen[str], root: Path, read_line: Callable[[s
 
 
 def await_end(process: subprocess.Popen[str], began: float) -> float:
-    """Wait until the kernel and all processes that it started have ended; return its own seconds.
+    """Wait until the kernel and all processes that it started have ended.
 
     A process that outlives the kernel would hold its log open, and reading that would never end.
+
+    Returns:
+        The seconds of the kernel's own process, which `began` at that time.monotonic.
     """
     process.wait()
     seconds = time.monotonic() - began
@@ -195,10 +199,9 @@ def await_end(process: subprocess.Popen[str], began: float) -> float:
 
 
 def is_alive(group: int) -> bool:
-    """Tell whether a process of a group is still running.
-
-    A dead one stays in its group until it is waited for: seconds in some containers, or for ever.
-    """
+    """Tell whether a process of a group is still running."""
+    # A dead process, a zombie, stays in its group until its parent asks for it: that takes seconds in
+    # some containers, or never happens.
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:

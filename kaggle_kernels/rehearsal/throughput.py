@@ -27,12 +27,14 @@ FLOP_PER_PARAMETER = 2
 def predict_runs(
     fits: Sequence[Fit], passes: Sequence[dict], row_numbers: Sequence[int]
 ) -> list[dict]:
-    """Predict two T4s' time for numbers of rows that are as long as those of the rehearsal.
+    """Predict how long two T4s would take for each of several numbers of rows.
+
+    The rows are taken to be as long as those of the rehearsal.
 
     Args:
         fits: The spec's packages, with the sizes of their base models.
         passes: The key `passes` of kernel.json: what each model computed here in each order.
-        row_numbers: The numbers of rows.
+        row_numbers: The numbers of rows, e.g. 10,000 and 25,000.
 
     Returns:
         A prediction for each number of rows (see visible.predict_finish); none where no model scored a row.

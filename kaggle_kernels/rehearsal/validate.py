@@ -69,7 +69,7 @@ def check_results(
         raise UserError(
             f"{folder / 'scores.parquet'}: the ids {first} and {second} have the same texts, and "
             f"{difference.column} differs by {difference.largest:.1e}, more than {tolerance:g}; "
-            "one has another row's answer, or its batch changes it"
+            "one of them has another row's answer, or its answer depends on the rest of its batch"
         )
 
     return {
@@ -87,7 +87,8 @@ def check_results(
 def choose_tolerance(packages: Iterable[Path], out: Path) -> float:
     """Choose how far probabilities of rows with the same texts may differ.
 
-    `packages` are the folders with the models' config.json, `out` has the kernel's kernel.json.
+    In float32 they differ by rounding alone; a GPU's 16 bits and quantised weights round more coarsely.
+    `packages` are folders with a config.json, `out` has the kernel.json that lists the devices.
     """
     devices = read_object(out / "kernel.json")["devices"]
     is_on_cpu = all(device == "cpu" for device in devices)
@@ -136,24 +137,25 @@ def read_submission(path: Path, ids: Sequence[str], competition: Competition) ->
 def check_ids(path: Path, written_ids: Sequence[str], expected_ids: Sequence[str]) -> None:
     """Raise UserError unless the ids written to `path` are the expected ones, once, in order."""
     repeated = [row_id for row_id, times in Counter(written_ids).items() if times > 1]
-    refuse_ids(path, repeated, "twice or more")
-    refuse_ids(path, set(expected_ids) - set(written_ids), "missing")
-    refuse_ids(path, set(written_ids) - set(expected_ids), "not in the test file")
+    refuse_ids(path, repeated, "occur twice or more")
+    refuse_ids(path, set(expected_ids) - set(written_ids), "are missing")
+    refuse_ids(path, set(written_ids) - set(expected_ids), "are not in the test file")
 
+    # They are the same ids now: only their order may differ.
     pairs = zip(written_ids, expected_ids, strict=True)
     for row, (written_id, expected_id) in enumerate(pairs, start=1):
         if written_id != expected_id:
             raise UserError(
-                f"{path}, row {row}: the id is {written_id}, "
-                f"the test file has {expected_id} there; keep its order"
+                f"{path}, row {row}: the id is {written_id}, but the test file has {expected_id} there; "
+                "write the rows in its order"
             )
 
 
 def refuse_ids(path: Path, wrong_ids: Collection[str], problem: str) -> None:
-    """Raise UserError if there are any wrong ids, with their number and one of them."""
+    """Raise UserError if there are any wrong ids; `problem` says in the message what they do, e.g. "are missing"."""
     if wrong_ids:
         raise UserError(
-            f"{path}: {len(wrong_ids)} ids are {problem}, e.g. {min(wrong_ids)}; "
+            f"{path}: {len(wrong_ids)} ids {problem}, e.g. {min(wrong_ids)}; "
             "a submission needs every id once"
         )
 
@@ -172,6 +174,7 @@ def check_answer(path: Path, row_id: str, answer: Sequence[str], competition: Co
 
 def check_probabilities(path: Path, row_id: str, values: Sequence[str | float | None]) -> None:
     """Raise UserError unless a row's values are numbers within (0, 1) that sum to one."""
+    # What is no number, such as an empty cell, becomes NaN, which is within no bounds.
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError):
@@ -180,8 +183,8 @@ def check_probabilities(path: Path, row_id: str, values: Sequence[str | float | 
     are_within_bounds = all(0 < number < 1 for number in numbers)
     if not are_within_bounds or abs(sum(numbers) - 1) > SUM_TOLERANCE:
         raise UserError(
-            f"{path}: id {row_id}: {', '.join(map(str, values))} are no probabilities "
-            "within 0 and 1 that sum to one"
+            f"{path}: id {row_id}: found {', '.join(map(str, values))}, expected probabilities between "
+            "0 and 1 that sum to one"
         )
 
 
@@ -217,7 +220,7 @@ def list_model_columns(scores: pl.DataFrame) -> list[str]:
 
 
 def count_scored_rows(scores: pl.DataFrame) -> dict[str, int]:
-    """Count the rows that each run has scored in at least one order."""
+    """Count the rows that each run's model has scored, in the order in which it scored most."""
     rows_by_run: dict[str, int] = {}
     for name in list_model_columns(scores):
         run = name.split("_p_")[0]
@@ -253,11 +256,14 @@ def check_same_answers(
 
 
 def select_twins(rows: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
-    """Select the rows of `scores` that share their texts, of which a column `texts` has a hash.
+    """Select the twins: rows whose prompt and responses another row has too.
 
-    `rows` are the test rows, in the same order.
+    `rows` are the test rows, `scores` their scores in the same order.
+
+    Returns:
+        The scores of the twins, with a column `texts` that is equal for rows of the same texts.
     """
-    # Hashes, since texts may be very long.
+    # Texts may be very long: a hash stands for them.
     hashes = []
     for texts in rows.select(TEXTS).iter_rows():
         serialised = json.dumps(texts).encode()
@@ -282,8 +288,13 @@ def find_largest_difference(twins: pl.DataFrame, verdicts: Sequence[str]) -> Dif
 
 
 def compare_rows(twins: pl.DataFrame, column: str, keys: Sequence[pl.Expr]) -> Difference:
-    """Find the largest difference of a column's values between rows with equal `keys`."""
+    """Find the largest difference of a column's values between rows that are equal in all `keys`.
+
+    Rows without a value are left out.
+    """
     groups = twins.filter(pl.col(column).is_not_null()).group_by(keys)
+
+    # In each group of equal rows, how far its values reach, and the two rows at the ends.
     ids_by_value = pl.col("id").sort_by(column, "id")
     ranges = groups.agg(
         difference=pl.col(column).max() - pl.col(column).min(),

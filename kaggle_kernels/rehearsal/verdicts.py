@@ -18,7 +18,7 @@ from recipes.pairwise.tracking.metrics import measure_answers
 
 
 def choose_layout(test_rows: pl.DataFrame, competition: Competition) -> Competition:
-    """Choose whose verdict columns to read: the competition's, or WSDM's, as a table of pairs has."""
+    """Choose whose verdict columns to read: the competition's, or WSDM's, which pairs.parquet has too."""
     has_columns = any(name in test_rows.columns for name in competition.verdict_columns)
     return competition if has_columns else COMPETITIONS["wsdm"]
 
@@ -50,7 +50,7 @@ def read_verdicts(
     if missing:
         names = ", ".join(sorted(missing))
         raise UserError(
-            f"{where}: no column {names}, where there is {columns[0]}; give all of them"
+            f"{where}: no column {names}, but there is {columns[0]}; give all columns of verdicts, or none"
         )
 
     winners = []

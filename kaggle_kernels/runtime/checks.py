@@ -37,19 +37,20 @@ def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Cl
 
 
 def check_transformers(package: Package, installed: str) -> None:
-    """Raise MachineError where the installed transformers would misread a package.
+    """Raise MachineError where the `installed` version of transformers would misread a package.
 
     An older major version reads a newer configuration without complaint and ignores what it does
     not know: version 5 writes rope_parameters, without which version 4 gives every model the same
     rotary base.
     """
+    # config.json says by which version the model was saved, or else the contract of its training.
     config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     trained_with = package.contract.recorded.get("versions", {})
     saved_by = config.get("transformers_version") or trained_with.get("transformers")
     if saved_by and major_version(installed) < major_version(saved_by):
         raise MachineError(
-            f"{package.folder.name}: saved by transformers {saved_by}, which version {installed} "
-            "here would read wrongly; choose the newest environment for the kernel"
+            f"{package.folder.name}: saved by transformers {saved_by}, but {installed} is installed "
+            "here, which would read it wrongly; choose the newest environment for the kernel"
         )
 
 

@@ -27,7 +27,8 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
         root: The folder that is /kaggle, or stands for it.
         slug: Kaggle's slug of the dataset or competition.
         names: Names or patterns of the file; the first one that is there is taken.
-        kind: "datasets" or "competitions": what is mounted as the other is left out.
+        kind: "datasets" or "competitions". A dataset may have a competition's slug: what is mounted as
+            the other kind is left out.
 
     Raises:
         FileNotFoundError: There is none, or several that differ.
@@ -153,8 +154,8 @@ def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str 
         return
     if wheels is None:
         raise ModuleNotFoundError(
-            "a package is quantised with bitsandbytes, which is absent; "
-            "name a dataset in the spec's `wheels`"
+            "a package is quantised with bitsandbytes, which is not installed here; "
+            "name the dataset that holds its wheel in the spec's `wheels`"
         )
 
     # No network: pip installs from the mounted folder alone.

@@ -129,7 +129,8 @@ def write_records(
 ) -> None:
     """Write scores.parquet and kernel.json, which no score depends on.
 
-    `final` are the submitted probabilities, `record` is the part of kernel.json that is known before.
+    `final` are the submitted probabilities by id, `visible` the rows of the train file that were scored too,
+    and `record` is the part of kernel.json that was known before.
     """
     inputs = job.inputs
     scored = job.probabilities()
@@ -221,8 +222,8 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
             check_verdicts(package, package_settings)
         except Exception as error:
             # A package less costs some accuracy, but without any package there is no submission.
-            none_is_left = not packages and package_settings is last_package
-            if none_is_left or not is_hidden_run():
+            none_passed = not packages and package_settings is last_package
+            if none_passed or not is_hidden_run():
                 raise
             log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
@@ -235,13 +236,13 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
 
 
 def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
-    """Raise PackageError where the order of the verdicts is not the recipe's.
+    """Raise PackageError where a package has other verdicts than its recipe, or has them in another order.
 
-    The logits of one verdict would be taken for those of another.
+    The kernel would then take the logits of one verdict for those of another.
     """
     if package.contract.verdicts != package_settings.verdicts:
         raise PackageError(
-            f"{package.folder}/contract.json: verdicts: found {package.contract.verdicts}, the "
+            f"{package.folder}/contract.json: verdicts: found {package.contract.verdicts}, but the "
             f"recipe of {package_settings.run} says {package_settings.verdicts}; package the run "
             "again, or build the kernel again from the recipe that it was trained with"
         )
@@ -256,8 +257,12 @@ def report_visible_run(
         `rows` (the number of train rows), `quality` unless a model was trained on them, and
         `predicted`: the seconds of the hidden run by its number of rows.
     """
-    settings, clock, passes = job.inputs.settings, job.inputs.clock, job.progress.passes
+    settings = job.inputs.settings
+    clock = job.inputs.clock
+    passes = job.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
+
+    # Rows that a model was trained on tell nothing of its quality.
     if not visible.trained_on:
         quality = measure_quality(visible, settings.verdicts, scored)
         report["quality"] = quality
@@ -269,6 +274,9 @@ def report_visible_run(
     for rows in settings.hidden_rows:
         finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
+
+        # Of its time limit, the hidden run keeps a reserve for writing.
         hidden_clock = start_clock(find_time_limit(settings.time_limits, rows))
-        log(clock, describe_finish(finish, hidden_clock.deadline - hidden_clock.began))
+        scoring_seconds = hidden_clock.deadline - hidden_clock.began
+        log(clock, describe_finish(finish, scoring_seconds))
     return report

@@ -38,7 +38,7 @@ class Package:
 
 
 def read_package(folder: Path | str) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows.
+    """Read a package and check it: file hashes, contract, tokenizer, and token ids of twenty awkward pairs, the golden rows.
 
     Raises:
         PackageError: A file is missing, has changed, or is not listed.
@@ -81,6 +81,8 @@ def check_manifest(folder: Path) -> None:
             if name not in NOT_MOUNTED:
                 path = folder / name
                 checks.append(pool.submit(check_hash, path, listed["sha256"], "manifest.json"))
+
+        # The error of a check is raised when its result is asked for.
         for check in checks:
             check.result()
 
@@ -107,7 +109,8 @@ def check_hash(path: Path, expected: str, source: str) -> None:
     sha256 = hash_file(path)
     if sha256 != expected:
         raise PackageError(
-            f"{path}: its SHA-256 is {sha256[:12]}…, {source} says {expected[:12]}…; the file has changed"
+            f"{path}: its SHA-256 is {sha256[:12]}…, but {source} says {expected[:12]}…: the file has "
+            "changed; package the run again"
         )
 
 

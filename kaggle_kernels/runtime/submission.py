@@ -25,7 +25,12 @@ def to_competition(
     """Turn a model's probabilities into those of the competition's verdicts, in their order.
 
     A verdict that the competition does not know, such as a tie, is left out: the others' shares then
-    grow to a sum of one again.
+    grow to a sum of one again. Of 0.3, 0.1 and 0.6 for a tie, 0.75 and 0.25 are left.
+
+    Args:
+        values: The probabilities of a row.
+        model_verdicts: The model's verdicts, in the order of the values.
+        verdicts: The competition's.
     """
     kept = [values[model_verdicts.index(verdict)] for verdict in verdicts]
     total = sum(kept)
@@ -35,11 +40,12 @@ def to_competition(
 
 
 def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """Average the models' probabilities of a row; the weights need not sum to one."""
+    """Average the probabilities of a row, a list from each model; the weights need not sum to one."""
     total_weight = sum(weights)
-    mean = [0.0] * len(values[0])
-    for opinion, weight in zip(values, weights, strict=True):
-        for place, probability in enumerate(opinion):
+    number_of_verdicts = len(values[0])
+    mean = [0.0] * number_of_verdicts
+    for probabilities, weight in zip(values, weights, strict=True):
+        for place, probability in enumerate(probabilities):
             mean[place] += weight * probability / total_weight
     return mean
 
@@ -77,7 +83,7 @@ def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
 def fill_unscored(
     rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    """Give every row probabilities, in the rows' order: those in `scored`, or else the prior, a guess by length."""
     final = {}
     for row in rows:
         row_id = row["id"]
@@ -146,11 +152,18 @@ def write_scores(
     scored: Mapping[str, Sequence[float]],
     model_columns: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Write scores.parquet with every probability.
+    """Write scores.parquet, which tells for every row where its probabilities come from.
 
-    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted (`final`), and
-    what each model gave, null where it did not score the row (`model_columns`, see
-    schedule.ScoringJob).
+    Its columns are id; `scored`, which is false where the row has the prior; p_VERDICT, as submitted;
+    and what each model gave, null where it did not score the row.
+
+    Args:
+        path: The file.
+        verdicts: The competition's, in the order of the probabilities.
+        final: The submitted probabilities, by id.
+        scored: The same, but of the rows only that a model scored.
+        model_columns: Each model's own probabilities by id, by the name of their column (see
+            schedule.ScoringJob).
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):

@@ -73,7 +73,9 @@ def choose_visible_rows(
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read rows of the train file that all packages list, as many as the spec wants.
+    """Read rows of the train file that are validation rows of every package, as many as the spec wants.
+
+    `listings` are the packages' lists of validation rows, one validation_ids.json each.
 
     Raises:
         ValueError: There are none.
@@ -95,7 +97,10 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
 
 
 def read_winner(row: Mapping, settings: Settings) -> str | None:
-    """Read a train row's verdict from a column with its name, or from one flag a verdict."""
+    """Read a train row's verdict; None where it has none.
+
+    A file has one column with the verdict's name, or a column for each verdict with 1 for the winner.
+    """
     if settings.verdict_form == "name":
         [column] = settings.verdict_columns
         return row[column]
@@ -173,12 +178,13 @@ def predict_finish(passes: Sequence[Mapping], fixed_seconds: float, rows: int) -
         if record["scored"] > 0 and model_and_order not in seconds_per_row:
             seconds_per_row[model_and_order] = record["seconds"] / record["scored"]
 
-    first_pass, *_further_passes = seconds_per_row.values()
-    all_passes = sum(seconds_per_row.values())
+    # The first pass gives every row a score, the further ones make it better.
+    seconds_in_first_pass, *_further_passes = seconds_per_row.values()
+    seconds_in_all_passes = sum(seconds_per_row.values())
     return {
         "rows": rows,
-        "first_order_seconds": round(fixed_seconds + rows * first_pass),
-        "all_seconds": round(fixed_seconds + rows * all_passes),
+        "first_order_seconds": round(fixed_seconds + rows * seconds_in_first_pass),
+        "all_seconds": round(fixed_seconds + rows * seconds_in_all_passes),
     }
 
 
@@ -193,7 +199,10 @@ def describe_quality(quality: Mapping) -> str:
 
 
 def describe_finish(finish: Mapping, clock_seconds: float) -> str:
-    """Write a line for the log: one prediction, a warning where rows will be left to the prior."""
+    """Write a line for the log: a prediction of `predict_finish`, beside the seconds that are allowed.
+
+    It becomes a warning where some rows will not be scored, and get the prior.
+    """
     line = (
         f"predicted for {finish['rows']:,} rows: every row scored once after "
         f"{format_hours(finish['first_order_seconds'])}, everything after "

@@ -281,7 +281,8 @@ def write_records(
 ) -> None:
     """Write scores.parquet and kernel.json, which no score depends on.
 
-    `final` are the submitted probabilities, `record` is the part of kernel.json that is known before.
+    `final` are the submitted probabilities by id, `visible` the rows of the train file that were scored too,
+    and `record` is the part of kernel.json that was known before.
     """
     inputs = job.inputs
     scored = job.probabilities()
@@ -366,8 +367,8 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
             check_verdicts(package, package_settings)
         except Exception as error:
             # A package less costs some accuracy, but without any package there is no submission.
-            none_is_left = not packages and package_settings is last_package
-            if none_is_left or not is_hidden_run():
+            none_passed = not packages and package_settings is last_package
+            if none_passed or not is_hidden_run():
                 raise
             log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
@@ -380,13 +381,13 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
 
 
 def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
-    """Raise PackageError where the order of the verdicts is not the recipe's.
+    """Raise PackageError where a package has other verdicts than its recipe, or has them in another order.
 
-    The logits of one verdict would be taken for those of another.
+    The kernel would then take the logits of one verdict for those of another.
     """
     if package.contract.verdicts != package_settings.verdicts:
         raise PackageError(
-            f"{package.folder}/contract.json: verdicts: found {package.contract.verdicts}, the "
+            f"{package.folder}/contract.json: verdicts: found {package.contract.verdicts}, but the "
             f"recipe of {package_settings.run} says {package_settings.verdicts}; package the run "
             "again, or build the kernel again from the recipe that it was trained with"
         )
@@ -396,8 +397,12 @@ def report_visible_run(
     job: ScoringJob, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
     """Log what the visible run shows of the hidden run, and return it for kernel.json."""
-    settings, clock, passes = job.inputs.settings, job.inputs.clock, job.progress.passes
+    settings = job.inputs.settings
+    clock = job.inputs.clock
+    passes = job.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
+
+    # Rows that a model was trained on tell nothing of its quality.
     if not visible.trained_on:
         quality = measure_quality(visible, settings.verdicts, scored)
         report["quality"] = quality
@@ -409,8 +414,11 @@ def report_visible_run(
     for rows in settings.hidden_rows:
         finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
+
+        # Of its time limit, the hidden run keeps a reserve for writing.
         hidden_clock = start_clock(find_time_limit(settings.time_limits, rows))
-        log(clock, describe_finish(finish, hidden_clock.deadline - hidden_clock.began))
+        scoring_seconds = hidden_clock.deadline - hidden_clock.began
+        log(clock, describe_finish(finish, scoring_seconds))
     return report
 
 
@@ -569,7 +577,11 @@ def score_all(job: ScoringJob) -> None:
 
 
 def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
-    """Go on without a package, in the hidden run and while another one works; else raise `error`."""
+    """Leave out the package that failed with `error`; raise the error unless the kernel should go on without it.
+
+    In the visible run it should not, so that the failure shows; nor where no other package is left and
+    no pass was made.
+    """
     job.progress.packages.remove(number)
     another_works = bool(job.progress.packages or job.progress.passes)
     if not is_hidden_run() or not another_works:
@@ -653,6 +665,7 @@ def list_candidates(
             copies = 1 if is_split else len(job.progress.devices)
             load_seconds = loading_seconds(job.inputs.packages[number], copies)
 
+        # An order of which every row was tried needs no further pass.
         for order in job.orders(number):
             tried = job.progress.tried.get((number, order), set())
             unscored = [row_id for row_id in group if row_id not in tried]
@@ -683,10 +696,12 @@ def predict_change(job: ScoringJob, number: int) -> float:
 
 
 def predict_rate(job: ScoringJob, number: int) -> float:
-    """Predict the tokens a second of a package; 0 where no pass has measured any package's."""
+    """Predict how many tokens of a package all devices score in a second; 0 before any pass was measured."""
     rates = job.measured.rates
-    if number in rates or not rates:
-        return rates.get(number, 0.0)
+    if not rates:
+        return 0.0
+    if number in rates:
+        return rates[number]
 
     # The devices do as many operations a second as for a package that has run, but a token takes
     # more of them, or fewer.
@@ -710,8 +725,10 @@ def log_plan(job: ScoringJob, plan: Sequence[PlannedPass]) -> None:
 
 def load_package(job: ScoringJob, number: int) -> list[Worker]:
     """Start workers on the devices that still work, which load a package."""
-    inputs, devices = job.inputs, job.progress.devices
-    package, settings = inputs.packages[number], inputs.settings
+    inputs = job.inputs
+    devices = job.progress.devices
+    settings = inputs.settings
+    package = inputs.packages[number]
     package_settings = settings.packages[number]
 
     # The layers of a split model were placed for all of the devices.
@@ -726,10 +743,10 @@ def load_package(job: ScoringJob, number: int) -> list[Worker]:
 def stop_workers(job: ScoringJob, workers: list[Worker]) -> None:
     """Stop the workers and empty the list. A device that has failed for good leaves the job."""
     # Where no worker could load the package, that is the package's fault and the devices stay.
-    any_loaded = any(worker.load_seconds for worker in workers)
+    any_has_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
         worker.stop()
-        if worker.gone and any_loaded:
+        if worker.gone and any_has_loaded:
             for position in worker.positions:
                 job.progress.devices.pop(position, None)
     workers.clear()
@@ -737,8 +754,10 @@ def stop_workers(job: ScoringJob, workers: list[Worker]) -> None:
 
 def score_pass(job: ScoringJob, next_pass: NextPass, workers: Sequence[Worker]) -> None:
     """Score the rows of a pass, and note the result."""
-    number, order = next_pass.package, next_pass.order
-    package, clock = job.inputs.packages[number], job.inputs.clock
+    number = next_pass.package
+    order = next_pass.order
+    package = job.inputs.packages[number]
+    clock = job.inputs.clock
     label = f"{package.folder.name}, {order}"
 
     # The rows of the first pass are encoded here while the workers load.
@@ -784,21 +803,22 @@ def record_pass(
 ) -> None:
     """Note what a finished pass gave: its scores, the rows that it tried, what it measured."""
     number, order = key
-    progress, measured = job.progress, job.measured
+    progress = job.progress
     for row_id, probabilities in work.scores.items():
         progress.scores[number][row_id][order] = probabilities
 
     progress.tried.setdefault(key, set()).update(list_tried_rows(work, requests, workers))
-    # A row that ended its workers in one order would do so in the other.
+
+    # A row that ended its workers in one order would do so in the other: it is tried in none again.
     for any_order in job.orders(number):
         progress.tried.setdefault((number, any_order), set()).update(work.given_up)
 
     # What later plans need: the rows' lengths, and the speed of the workers that still live.
     for request in requests:
-        measured.tokens.setdefault(request.id, request.tokens)
+        job.measured.tokens.setdefault(request.id, request.tokens)
     rate = sum(worker.rate() for worker in workers if not worker.gone)
     if rate:
-        measured.rates[number] = rate
+        job.measured.rates[number] = rate
 
     # kernel.json keeps a record of every pass.
     run = job.inputs.settings.packages[number].run
@@ -806,15 +826,16 @@ def record_pass(
 
 
 def list_tried_rows(work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> set[str]:
-    """List the rows of a pass that need no further try: all but those that are still in its queue."""
-    row_ids = {request.id for request in requests}
+    """List the rows of a finished pass that no later pass should try: all but those that are still in its queue."""
+    tried_ids = {request.id for request in requests}
 
-    # Living workers that scored nothing would not do better another time: that would never end.
+    # Workers that live and scored nothing would not do better another time, and the kernel would try
+    # for ever: then no row is left for later.
     can_be_repeated = work.scores or all(worker.gone for worker in workers)
     if can_be_repeated:
         for batch in work.queue:
-            row_ids.difference_update(request.id for request in batch)
-    return row_ids
+            tried_ids.difference_update(request.id for request in batch)
+    return tried_ids
 
 
 def combine(
@@ -825,7 +846,7 @@ def combine(
     Orders are averaged, then packages by weight, then the temperature is applied. `packages` and
     `scores` are in the order of the settings.
     """
-    # Only those packages that scored a row have a say in it.
+    # For each row, a list of probabilities from every package that scored it, and these packages' weights.
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
     for package_settings, package, package_scores in zip(
@@ -938,8 +959,8 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
-    """List the workers that the pass must wait for."""
-    # A worker that still loads is waited for while there is a batch that it could score in time.
+    """List the workers that the pass must wait for: those that have a batch, or still load the model."""
+    # A worker that still loads is needed while there is a batch that it could score in time.
     has_work_left = bool(work.queue) and time.monotonic() < work.deadline
     busy = []
     for worker in workers:
@@ -950,7 +971,10 @@ def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe."""
+    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe.
+
+    So it need not wait for the next batch when it has scored one.
+    """
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
@@ -1223,7 +1247,7 @@ class Worker:
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Lower the token budget to half of a batch that was too large, and return it."""
+        """Lower the token budget to half the tokens of a batch that was too large, and return the batch."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
 
@@ -1405,16 +1429,18 @@ def work(connection, task: Assignment) -> None:
 def load_on(
     package: Package, devices: tuple[str, ...], weight_bytes_limit: int | None = None
 ) -> tuple[torch.nn.Module, Stages | None]:
-    """Load the model on a device, or split over several, then with its stages."""
+    """Load a package's model on its device, or split over several of them."""
     if len(devices) == 1:
         return load_model(package.folder, package.contract, devices[0]), None
+
+    # The first device gets the inputs, and each a stretch of the layers.
     device_map = split_over(package.folder, devices, weight_bytes_limit)
     model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
     return model, Stages(model, stage_starts(device_map), devices)
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare with the probabilities that packaging wrote down."""
+    """Score the golden rows, twenty awkward pairs, and compare with the probabilities that packaging wrote down."""
     contract = package.contract
 
     # By the same code as any other row.
@@ -1498,13 +1524,13 @@ def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
-    """Tell whether an error means that a batch was too large for memory.
-
-    PyTorch has a class for that, other libraries only words. By words alone a single row does not
-    count as too large: it cannot be cut, and a new process may have more memory for it.
-    """
+    """Tell whether an error means that a batch of so many rows was too large for memory."""
+    # PyTorch has a class for that.
     if isinstance(error, torch.OutOfMemoryError):
         return True
+
+    # Other libraries raise MemoryError, or say so only in words. That counts for a batch of several
+    # rows, which can be cut. One row cannot, and a new process may have more memory for it.
     has_words = any(words in str(error) for words in MEMORY_WORDS)
     return rows > 1 and (has_words or isinstance(error, MemoryError))
 
@@ -1687,9 +1713,9 @@ def loading_seconds(package: Package, copies: int) -> float:
 
 
 def is_multiplied(name: str) -> bool:
-    """Tell whether every token is multiplied with a tensor.
+    """Tell by its name whether a tensor is a matrix that every token is multiplied with.
 
-    That is no embedding, no lm_head (last places only), no norm, bias or scale.
+    Embeddings are looked up, lm_head reads the last token only, and norms, biases and scales are no matrices.
     """
     is_matrix = name.endswith((".weight", ".qweight"))
     return is_matrix and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
@@ -1820,8 +1846,8 @@ def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str 
         return
     if wheels is None:
         raise ModuleNotFoundError(
-            "a package is quantised with bitsandbytes, which is absent; "
-            "name a dataset in the spec's `wheels`"
+            "a package is quantised with bitsandbytes, which is not installed here; "
+            "name the dataset that holds its wheel in the spec's `wheels`"
         )
 
     # No network: pip installs from the mounted folder alone.
@@ -1860,7 +1886,7 @@ class Package:
 
 
 def read_package(folder: Path | str) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows."""
+    """Read a package and check it: file hashes, contract, tokenizer, and token ids of twenty awkward pairs, the golden rows."""
     folder = Path(folder)
     check_manifest(folder)
     package = open_package(folder)
@@ -1898,6 +1924,8 @@ def check_manifest(folder: Path) -> None:
             if name not in NOT_MOUNTED:
                 path = folder / name
                 checks.append(pool.submit(check_hash, path, listed["sha256"], "manifest.json"))
+
+        # The error of a check is raised when its result is asked for.
         for check in checks:
             check.result()
 
@@ -1924,7 +1952,8 @@ def check_hash(path: Path, expected: str, source: str) -> None:
     sha256 = hash_file(path)
     if sha256 != expected:
         raise PackageError(
-            f"{path}: its SHA-256 is {sha256[:12]}…, {source} says {expected[:12]}…; the file has changed"
+            f"{path}: its SHA-256 is {sha256[:12]}…, but {source} says {expected[:12]}…: the file has "
+            "changed; package the run again"
         )
 
 
@@ -1994,19 +2023,20 @@ def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Cl
 
 
 def check_transformers(package: Package, installed: str) -> None:
-    """Raise MachineError where the installed transformers would misread a package.
+    """Raise MachineError where the `installed` version of transformers would misread a package.
 
     An older major version reads a newer configuration without complaint and ignores what it does
     not know: version 5 writes rope_parameters, without which version 4 gives every model the same
     rotary base.
     """
+    # config.json says by which version the model was saved, or else the contract of its training.
     config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     trained_with = package.contract.recorded.get("versions", {})
     saved_by = config.get("transformers_version") or trained_with.get("transformers")
     if saved_by and major_version(installed) < major_version(saved_by):
         raise MachineError(
-            f"{package.folder.name}: saved by transformers {saved_by}, which version {installed} "
-            "here would read wrongly; choose the newest environment for the kernel"
+            f"{package.folder.name}: saved by transformers {saved_by}, but {installed} is installed "
+            "here, which would read it wrongly; choose the newest environment for the kernel"
         )
 
 
@@ -2074,7 +2104,10 @@ def choose_visible_rows(
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read rows of the train file that all packages list, as many as the spec wants."""
+    """Read rows of the train file that are validation rows of every package, as many as the spec wants.
+
+    `listings` are the packages' lists of validation rows, one validation_ids.json each.
+    """
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
@@ -2092,7 +2125,10 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
 
 
 def read_winner(row: Mapping, settings: Settings) -> str | None:
-    """Read a train row's verdict from a column with its name, or from one flag a verdict."""
+    """Read a train row's verdict; None where it has none.
+
+    A file has one column with the verdict's name, or a column for each verdict with 1 for the winner.
+    """
     if settings.verdict_form == "name":
         [column] = settings.verdict_columns
         return row[column]
@@ -2148,12 +2184,13 @@ def predict_finish(passes: Sequence[Mapping], fixed_seconds: float, rows: int) -
         if record["scored"] > 0 and model_and_order not in seconds_per_row:
             seconds_per_row[model_and_order] = record["seconds"] / record["scored"]
 
-    first_pass, *_further_passes = seconds_per_row.values()
-    all_passes = sum(seconds_per_row.values())
+    # The first pass gives every row a score, the further ones make it better.
+    seconds_in_first_pass, *_further_passes = seconds_per_row.values()
+    seconds_in_all_passes = sum(seconds_per_row.values())
     return {
         "rows": rows,
-        "first_order_seconds": round(fixed_seconds + rows * first_pass),
-        "all_seconds": round(fixed_seconds + rows * all_passes),
+        "first_order_seconds": round(fixed_seconds + rows * seconds_in_first_pass),
+        "all_seconds": round(fixed_seconds + rows * seconds_in_all_passes),
     }
 
 
@@ -2168,7 +2205,10 @@ def describe_quality(quality: Mapping) -> str:
 
 
 def describe_finish(finish: Mapping, clock_seconds: float) -> str:
-    """Write a line for the log: one prediction, a warning where rows will be left to the prior."""
+    """Write a line for the log: a prediction of `predict_finish`, beside the seconds that are allowed.
+
+    It becomes a warning where some rows will not be scored, and get the prior.
+    """
     line = (
         f"predicted for {finish['rows']:,} rows: every row scored once after "
         f"{format_hours(finish['first_order_seconds'])}, everything after "
@@ -2204,7 +2244,7 @@ def to_competition(
     """Turn a model's probabilities into those of the competition's verdicts, in their order.
 
     A verdict that the competition does not know, such as a tie, is left out: the others' shares then
-    grow to a sum of one again.
+    grow to a sum of one again. Of 0.3, 0.1 and 0.6 for a tie, 0.75 and 0.25 are left.
     """
     kept = [values[model_verdicts.index(verdict)] for verdict in verdicts]
     total = sum(kept)
@@ -2214,11 +2254,12 @@ def to_competition(
 
 
 def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """Average the models' probabilities of a row; the weights need not sum to one."""
+    """Average the probabilities of a row, a list from each model; the weights need not sum to one."""
     total_weight = sum(weights)
-    mean = [0.0] * len(values[0])
-    for opinion, weight in zip(values, weights, strict=True):
-        for place, probability in enumerate(opinion):
+    number_of_verdicts = len(values[0])
+    mean = [0.0] * number_of_verdicts
+    for probabilities, weight in zip(values, weights, strict=True):
+        for place, probability in enumerate(probabilities):
             mean[place] += weight * probability / total_weight
     return mean
 
@@ -2256,7 +2297,7 @@ def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
 def fill_unscored(
     rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    """Give every row probabilities, in the rows' order: those in `scored`, or else the prior, a guess by length."""
     final = {}
     for row in rows:
         row_id = row["id"]
@@ -2315,11 +2356,10 @@ def write_scores(
     scored: Mapping[str, Sequence[float]],
     model_columns: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Write scores.parquet with every probability.
+    """Write scores.parquet, which tells for every row where its probabilities come from.
 
-    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted (`final`), and
-    what each model gave, null where it did not score the row (`model_columns`, see
-    schedule.ScoringJob).
+    Its columns are id; `scored`, which is false where the row has the prior; p_VERDICT, as submitted;
+    and what each model gave, null where it did not score the row.
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):
@@ -2496,7 +2536,7 @@ def score_batch(
 def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
-    """Compute the verdicts' probabilities of each request, in the order that it has."""
+    """Compute the verdicts' probabilities of each request; those of swapped requests are not swapped back yet."""
     sequences = []
     for request in batch:
         sequences += request.sequences
@@ -2583,11 +2623,17 @@ def pick_label_logits(
 
 
 def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
-    """List the place of each sequence that its head reads."""
+    """List for each sequence the place of the token whose hidden state the model's head reads."""
+    # A causal LM answers with the token that follows the last one.
     if contract.head == "label_tokens":
         return [len(ids) - 1 for ids in sequences]
+
+    # transformers' classifiers read the last token of a decoder that is not the pad id.
     if is_decoder:
         return [find_last_token(ids, contract.pad_token_id) for ids in sequences]
+
+    # The heads of BERT and DeBERTa read the first token. Those of other encoders get all tokens,
+    # whatever is listed here (see shortcuts.take_shortcuts).
     return [0] * len(sequences)
 
 
@@ -2622,6 +2668,7 @@ def score(  # noqa: PLR0913  the last three are options by name
     # A reward model's orders do not differ: one is computed and counts for all.
     orders = tuple(orders)
     distinct_orders = orders_of(contract, orders)
+    one_counts_for_all = distinct_orders != orders
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     for batch in make_batches(requests, tokens_per_batch):
@@ -2631,8 +2678,9 @@ def score(  # noqa: PLR0913  the last three are options by name
                 raise FloatingPointError(
                     f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}"
                 )
-            equal_orders = orders if distinct_orders != orders else [request.order]
-            scores[request.id] |= dict.fromkeys(equal_orders, values)
+            covered_orders = orders if one_counts_for_all else [request.order]
+            for order in covered_orders:
+                scores[request.id][order] = values
     return scores
 
 
@@ -2708,8 +2756,10 @@ def load_model(
 
 
 def choose_attention(config, contract) -> str:
-    """Name the fastest implementation of attention that the architecture has; a soft cap has only transformers' eager one."""
+    """Name the fastest implementation of attention that the architecture has, as transformers' attn_implementation."""
     model_class = CLASSES[contract.head]._model_mapping[type(config)]
+
+    # Only transformers' own, slow implementation can cap the attention's logits, as Gemma-2 does.
     if contract.softcap or not model_class._supports_sdpa:
         return "eager"
     if not model_class._supports_attention_backend:
@@ -2741,7 +2791,7 @@ def serving_config(folder: Path | str, contract):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.pad_token_id = contract.pad_token_id
 
-    # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
+    # A cache of keys and values serves generation, and nothing is generated: 2.8 GB for Gemma-2-9b.
     config.use_cache = False
 
     # Training may have left the soft cap of attention out, for the sake of SDPA.
@@ -2901,9 +2951,10 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
 
 
 def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Have a causal LM compute the logits of the label tokens only, for the read token of each row.
+    """Have a causal LM compute, for the read token of each row, the logits of the label tokens only.
 
-    An output layer that has an adapter on it keeps all tokens' logits.
+    These tokens stand for the verdicts, such as A and B. An output layer with an adapter on it
+    keeps those of the whole vocabulary.
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:
@@ -2916,7 +2967,7 @@ def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> N
 
 @contextlib.contextmanager
 def reading(places_b: torch.Tensor) -> Iterator[None]:
-    """In this thread, a forward pass is only read at one place of each row."""
+    """Tell the model's hooks, for a forward pass in this thread, the one place of each row that is read."""
     BEING_READ.places_b = places_b
     try:
         yield
@@ -2925,7 +2976,11 @@ def reading(places_b: torch.Tensor) -> Iterator[None]:
 
 
 def keep_read_tokens(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
+    """A forward pre-hook that cuts a module's input to the token of each row that is read.
+
+    Hidden states of shape (rows, tokens, width) become (rows, 1, width), and other arguments stay. Outside
+    of the context `reading` it returns None, by which PyTorch leaves the input as it is.
+    """
     places_b = getattr(BEING_READ, "places_b", None)
     if places_b is None:
         return None
@@ -2998,7 +3053,11 @@ def fuse_elementwise(model: torch.nn.Module) -> None:
 
 
 def fuse_norm(norm: torch.nn.Module, offset: float) -> torch.nn.RMSNorm:
-    """Make PyTorch's own RMSNorm, one kernel on a GPU, of an architecture's."""
+    """Make PyTorch's own RMSNorm, which is one kernel on a GPU, from an architecture's norm.
+
+    PyTorch multiplies with the weight as it is. Some architectures add an `offset` to it first: Gemma-2
+    multiplies with 1 + weight.
+    """
     # Architectures have either of two names for it.
     epsilon = getattr(norm, "variance_epsilon", None)
     if epsilon is None:
@@ -3256,7 +3315,12 @@ def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
 
 
 def name_part(tensor_name: str, layers: str) -> str:
-    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
+    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer.
+
+    With the layers in model.layers, model.layers.7.mlp.up_proj.weight belongs to model.layers.7, and
+    model.norm.weight to model.norm.
+    """
+    # The module's name is one step longer than what the tensor's path has in common with the layers'.
     path = tensor_name.split(".")
     layers_path = layers.split(".")
     shared_path = os.path.commonprefix([path, layers_path])
@@ -3264,7 +3328,7 @@ def name_part(tensor_name: str, layers: str) -> str:
 
 
 def part_order(part_name: str, layers: str) -> tuple[int, int]:
-    """Sort parts: embedding, layers by number, norm, head."""
+    """Give a part's key for sorting: the embedding comes first, then the layers by number, norm and head."""
     if part_name.startswith(f"{layers}."):
         return (1, int(part_name.rpartition(".")[2]))
     if "embed" in part_name:

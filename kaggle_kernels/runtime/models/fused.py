@@ -63,7 +63,11 @@ def fuse_elementwise(model: torch.nn.Module) -> None:
 
 
 def fuse_norm(norm: torch.nn.Module, offset: float) -> torch.nn.RMSNorm:
-    """Make PyTorch's own RMSNorm, one kernel on a GPU, of an architecture's."""
+    """Make PyTorch's own RMSNorm, which is one kernel on a GPU, from an architecture's norm.
+
+    PyTorch multiplies with the weight as it is. Some architectures add an `offset` to it first: Gemma-2
+    multiplies with 1 + weight.
+    """
     # Architectures have either of two names for it.
     epsilon = getattr(norm, "variance_epsilon", None)
     if epsilon is None:

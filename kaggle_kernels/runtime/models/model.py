@@ -81,8 +81,10 @@ def load_model(
 
 
 def choose_attention(config, contract) -> str:
-    """Name the fastest implementation of attention that the architecture has; a soft cap has only transformers' eager one."""
+    """Name the fastest implementation of attention that the architecture has, as transformers' attn_implementation."""
     model_class = CLASSES[contract.head]._model_mapping[type(config)]
+
+    # Only transformers' own, slow implementation can cap the attention's logits, as Gemma-2 does.
     if contract.softcap or not model_class._supports_sdpa:
         return "eager"
     if not model_class._supports_attention_backend:
@@ -118,7 +120,7 @@ def serving_config(folder: Path | str, contract):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.pad_token_id = contract.pad_token_id
 
-    # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
+    # A cache of keys and values serves generation, and nothing is generated: 2.8 GB for Gemma-2-9b.
     config.use_cache = False
 
     # Training may have left the soft cap of attention out, for the sake of SDPA.

@@ -99,7 +99,12 @@ def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
 
 
 def name_part(tensor_name: str, layers: str) -> str:
-    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
+    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer.
+
+    With the layers in model.layers, model.layers.7.mlp.up_proj.weight belongs to model.layers.7, and
+    model.norm.weight to model.norm.
+    """
+    # The module's name is one step longer than what the tensor's path has in common with the layers'.
     path = tensor_name.split(".")
     layers_path = layers.split(".")
     shared_path = os.path.commonprefix([path, layers_path])
@@ -107,7 +112,7 @@ def name_part(tensor_name: str, layers: str) -> str:
 
 
 def part_order(part_name: str, layers: str) -> tuple[int, int]:
-    """Sort parts: embedding, layers by number, norm, head."""
+    """Give a part's key for sorting: the embedding comes first, then the layers by number, norm and head."""
     if part_name.startswith(f"{layers}."):
         return (1, int(part_name.rpartition(".")[2]))
     if "embed" in part_name:

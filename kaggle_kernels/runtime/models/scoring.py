@@ -188,10 +188,10 @@ def score_batch(
 def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
-    """Compute the verdicts' probabilities of each request, in the order that it has.
+    """Compute the verdicts' probabilities of each request; those of swapped requests are not swapped back yet.
 
     Returns:
-        Float32 of shape (requests, verdicts), on the CPU.
+        Float32 of shape (requests, verdicts), on the CPU. In a swapped request model_a stands for response B.
     """
     sequences = []
     for request in batch:
@@ -292,11 +292,17 @@ def pick_label_logits(
 
 
 def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
-    """List the place of each sequence that its head reads."""
+    """List for each sequence the place of the token whose hidden state the model's head reads."""
+    # A causal LM answers with the token that follows the last one.
     if contract.head == "label_tokens":
         return [len(ids) - 1 for ids in sequences]
+
+    # transformers' classifiers read the last token of a decoder that is not the pad id.
     if is_decoder:
         return [find_last_token(ids, contract.pad_token_id) for ids in sequences]
+
+    # The heads of BERT and DeBERTa read the first token. Those of other encoders get all tokens,
+    # whatever is listed here (see shortcuts.take_shortcuts).
     return [0] * len(sequences)
 
 
@@ -342,6 +348,7 @@ def score(  # noqa: PLR0913  the last three are options by name
     # A reward model's orders do not differ: one is computed and counts for all.
     orders = tuple(orders)
     distinct_orders = orders_of(contract, orders)
+    one_counts_for_all = distinct_orders != orders
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     for batch in make_batches(requests, tokens_per_batch):
@@ -351,8 +358,9 @@ def score(  # noqa: PLR0913  the last three are options by name
                 raise FloatingPointError(
                     f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}"
                 )
-            equal_orders = orders if distinct_orders != orders else [request.order]
-            scores[request.id] |= dict.fromkeys(equal_orders, values)
+            covered_orders = orders if one_counts_for_all else [request.order]
+            for order in covered_orders:
+                scores[request.id][order] = values
     return scores
 
 

@@ -108,9 +108,10 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
 
 
 def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Have a causal LM compute the logits of the label tokens only, for the read token of each row.
+    """Have a causal LM compute, for the read token of each row, the logits of the label tokens only.
 
-    An output layer that has an adapter on it keeps all tokens' logits.
+    These tokens stand for the verdicts, such as A and B. An output layer with an adapter on it
+    keeps those of the whole vocabulary.
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:
@@ -123,7 +124,7 @@ def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> N
 
 @contextlib.contextmanager
 def reading(places_b: torch.Tensor) -> Iterator[None]:
-    """In this thread, a forward pass is only read at one place of each row."""
+    """Tell the model's hooks, for a forward pass in this thread, the one place of each row that is read."""
     BEING_READ.places_b = places_b
     try:
         yield
@@ -132,7 +133,11 @@ def reading(places_b: torch.Tensor) -> Iterator[None]:
 
 
 def keep_read_tokens(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
+    """A forward pre-hook that cuts a module's input to the token of each row that is read.
+
+    Hidden states of shape (rows, tokens, width) become (rows, 1, width), and other arguments stay. Outside
+    of the context `reading` it returns None, by which PyTorch leaves the input as it is.
+    """
     places_b = getattr(BEING_READ, "places_b", None)
     if places_b is None:
         return None

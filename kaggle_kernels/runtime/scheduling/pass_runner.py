@@ -108,8 +108,8 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
-    """List the workers that the pass must wait for."""
-    # A worker that still loads is waited for while there is a batch that it could score in time.
+    """List the workers that the pass must wait for: those that have a batch, or still load the model."""
+    # A worker that still loads is needed while there is a batch that it could score in time.
     has_work_left = bool(work.queue) and time.monotonic() < work.deadline
     busy = []
     for worker in workers:
@@ -120,7 +120,10 @@ def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe."""
+    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe.
+
+    So it need not wait for the next batch when it has scored one.
+    """
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:

@@ -189,9 +189,9 @@ def loading_seconds(package: Package, copies: int) -> float:
 
 
 def is_multiplied(name: str) -> bool:
-    """Tell whether every token is multiplied with a tensor.
+    """Tell by its name whether a tensor is a matrix that every token is multiplied with.
 
-    That is no embedding, no lm_head (last places only), no norm, bias or scale.
+    Embeddings are looked up, lm_head reads the last token only, and norms, biases and scales are no matrices.
     """
     is_matrix = name.endswith((".weight", ".qweight"))
     return is_matrix and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))

@@ -184,7 +184,11 @@ def score_all(job: ScoringJob) -> None:
 
 
 def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
-    """Go on without a package, in the hidden run and while another one works; else raise `error`."""
+    """Leave out the package that failed with `error`; raise the error unless the kernel should go on without it.
+
+    In the visible run it should not, so that the failure shows; nor where no other package is left and
+    no pass was made.
+    """
     job.progress.packages.remove(number)
     another_works = bool(job.progress.packages or job.progress.passes)
     if not is_hidden_run() or not another_works:
@@ -281,6 +285,7 @@ def list_candidates(
             copies = 1 if is_split else len(job.progress.devices)
             load_seconds = loading_seconds(job.inputs.packages[number], copies)
 
+        # An order of which every row was tried needs no further pass.
         for order in job.orders(number):
             tried = job.progress.tried.get((number, order), set())
             unscored = [row_id for row_id in group if row_id not in tried]
@@ -311,10 +316,12 @@ def predict_change(job: ScoringJob, number: int) -> float:
 
 
 def predict_rate(job: ScoringJob, number: int) -> float:
-    """Predict the tokens a second of a package; 0 where no pass has measured any package's."""
+    """Predict how many tokens of a package all devices score in a second; 0 before any pass was measured."""
     rates = job.measured.rates
-    if number in rates or not rates:
-        return rates.get(number, 0.0)
+    if not rates:
+        return 0.0
+    if number in rates:
+        return rates[number]
 
     # The devices do as many operations a second as for a package that has run, but a token takes
     # more of them, or fewer.
@@ -342,8 +349,10 @@ def load_package(job: ScoringJob, number: int) -> list[Worker]:
     Raises:
         LoadError: No device is left, or a model that is split would lack one of them.
     """
-    inputs, devices = job.inputs, job.progress.devices
-    package, settings = inputs.packages[number], inputs.settings
+    inputs = job.inputs
+    devices = job.progress.devices
+    settings = inputs.settings
+    package = inputs.packages[number]
     package_settings = settings.packages[number]
 
     # The layers of a split model were placed for all of the devices.
@@ -358,10 +367,10 @@ def load_package(job: ScoringJob, number: int) -> list[Worker]:
 def stop_workers(job: ScoringJob, workers: list[Worker]) -> None:
     """Stop the workers and empty the list. A device that has failed for good leaves the job."""
     # Where no worker could load the package, that is the package's fault and the devices stay.
-    any_loaded = any(worker.load_seconds for worker in workers)
+    any_has_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
         worker.stop()
-        if worker.gone and any_loaded:
+        if worker.gone and any_has_loaded:
             for position in worker.positions:
                 job.progress.devices.pop(position, None)
     workers.clear()
@@ -374,8 +383,10 @@ def score_pass(job: ScoringJob, next_pass: NextPass, workers: Sequence[Worker]) 
         PackageError: The last worker that is left refuses the package.
         LoadError: No worker could load it.
     """
-    number, order = next_pass.package, next_pass.order
-    package, clock = job.inputs.packages[number], job.inputs.clock
+    number = next_pass.package
+    order = next_pass.order
+    package = job.inputs.packages[number]
+    clock = job.inputs.clock
     label = f"{package.folder.name}, {order}"
 
     # The rows of the first pass are encoded here while the workers load.
@@ -421,21 +432,22 @@ def record_pass(
 ) -> None:
     """Note what a finished pass gave: its scores, the rows that it tried, what it measured."""
     number, order = key
-    progress, measured = job.progress, job.measured
+    progress = job.progress
     for row_id, probabilities in work.scores.items():
         progress.scores[number][row_id][order] = probabilities
 
     progress.tried.setdefault(key, set()).update(list_tried_rows(work, requests, workers))
-    # A row that ended its workers in one order would do so in the other.
+
+    # A row that ended its workers in one order would do so in the other: it is tried in none again.
     for any_order in job.orders(number):
         progress.tried.setdefault((number, any_order), set()).update(work.given_up)
 
     # What later plans need: the rows' lengths, and the speed of the workers that still live.
     for request in requests:
-        measured.tokens.setdefault(request.id, request.tokens)
+        job.measured.tokens.setdefault(request.id, request.tokens)
     rate = sum(worker.rate() for worker in workers if not worker.gone)
     if rate:
-        measured.rates[number] = rate
+        job.measured.rates[number] = rate
 
     # kernel.json keeps a record of every pass.
     run = job.inputs.settings.packages[number].run
@@ -443,15 +455,16 @@ def record_pass(
 
 
 def list_tried_rows(work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> set[str]:
-    """List the rows of a pass that need no further try: all but those that are still in its queue."""
-    row_ids = {request.id for request in requests}
+    """List the rows of a finished pass that no later pass should try: all but those that are still in its queue."""
+    tried_ids = {request.id for request in requests}
 
-    # Living workers that scored nothing would not do better another time: that would never end.
+    # Workers that live and scored nothing would not do better another time, and the kernel would try
+    # for ever: then no row is left for later.
     can_be_repeated = work.scores or all(worker.gone for worker in workers)
     if can_be_repeated:
         for batch in work.queue:
-            row_ids.difference_update(request.id for request in batch)
-    return row_ids
+            tried_ids.difference_update(request.id for request in batch)
+    return tried_ids
 
 
 def combine(
@@ -462,7 +475,7 @@ def combine(
     Orders are averaged, then packages by weight, then the temperature is applied. `packages` and
     `scores` are in the order of the settings.
     """
-    # Only those packages that scored a row have a say in it.
+    # For each row, a list of probabilities from every package that scored it, and these packages' weights.
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
     for package_settings, package, package_scores in zip(

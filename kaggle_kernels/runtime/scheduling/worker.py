@@ -106,16 +106,22 @@ def work(connection, task: Assignment) -> None:
 def load_on(
     package: Package, devices: tuple[str, ...], weight_bytes_limit: int | None = None
 ) -> tuple[torch.nn.Module, Stages | None]:
-    """Load the model on a device, or split over several, then with its stages."""
+    """Load a package's model on its device, or split over several of them.
+
+    Returns:
+        The model; and the stages of a split one, through which batches go one behind the other, else None.
+    """
     if len(devices) == 1:
         return load_model(package.folder, package.contract, devices[0]), None
+
+    # The first device gets the inputs, and each a stretch of the layers.
     device_map = split_over(package.folder, devices, weight_bytes_limit)
     model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
     return model, Stages(model, stage_starts(device_map), devices)
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare with the probabilities that packaging wrote down.
+    """Score the golden rows, twenty awkward pairs, and compare with the probabilities that packaging wrote down.
 
     Returns:
         The largest difference.
@@ -206,13 +212,13 @@ def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
-    """Tell whether an error means that a batch was too large for memory.
-
-    PyTorch has a class for that, other libraries only words. By words alone a single row does not
-    count as too large: it cannot be cut, and a new process may have more memory for it.
-    """
+    """Tell whether an error means that a batch of so many rows was too large for memory."""
+    # PyTorch has a class for that.
     if isinstance(error, torch.OutOfMemoryError):
         return True
+
+    # Other libraries raise MemoryError, or say so only in words. That counts for a batch of several
+    # rows, which can be cut. One row cannot, and a new process may have more memory for it.
     has_words = any(words in str(error) for words in MEMORY_WORDS)
     return rows > 1 and (has_words or isinstance(error, MemoryError))
 

@@ -98,7 +98,7 @@ class Worker:
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Lower the token budget to half of a batch that was too large, and return it."""
+        """Lower the token budget to half the tokens of a batch that was too large, and return the batch."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
 

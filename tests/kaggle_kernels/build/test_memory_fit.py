@@ -80,18 +80,22 @@ def test_a_gptq_package_needs_no_wheels(quantize, needs, workplace):
         (
             MINILM,
             {"placement": "split", "budget_tokens": 256},
-            "packages.0.placement: split is for decoders, big is an encoder; write each",
+            "packages.0.placement: found split, but big is an encoder, which the kernel cannot split; write each",
         ),
         (
             MINILM,
             {"budget_tokens": 1024},
-            "recipes/big.yml: pairwise.budget_tokens: 1024, but .*/all-MiniLM-L6-v2 has 512 positions; lower it",
+            "recipes/big.yml: pairwise.budget_tokens: found 1024, but .*/all-MiniLM-L6-v2 has only 512 positions; lower",
         ),
-        (MINILM, {"budget_tokens": 512, "more": "budget_tokens: 1024\n"}, "specs/big.yml: budget_tokens: 1024, but .* has 512"),
+        (
+            MINILM,
+            {"budget_tokens": 512, "more": "budget_tokens: 1024\n"},
+            "big.yml: budget_tokens: found 1024, but .* has only 512",
+        ),
         (
             GEMMA,
             {"quantize": "nf4", "more": "tokens_per_batch: 1024\n"},
-            r"specs/big.yml: tokens_per_batch: 1024, but a row of big may have 2048 \(recipes/big.yml: pairwise.budget_",
+            r"tokens_per_batch: found 1024, but one row of big may have 2048 tokens \(recipes/big.yml: pairwise.budget_",
         ),
     ],
 )
@@ -117,7 +121,7 @@ def test_an_encoder_is_not_offered_gptq():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (("run: big", "run: gone"), "packages.0.run: no recipes/gone.yml, which says base model and quantisation"),
+        (("run: big", "run: gone"), "packages.0.run: there is no recipes/gone.yml, which would say the base model"),
         (
             ("dataset-big", "dataset-beg"),
             "packages.0.dataset: found 'dataset-beg', but recipes/big.yml makes the dataset 'dataset-big'",

@@ -27,7 +27,7 @@ def refusal_of(spec_path):
         ("contract.json", {"verdicts": ["model_b", "model_a"]}, "verdicts: found ['model_b', 'model_a'], recipes/two.yml says"),
         ("config.json", {"model_type": "llama"}, "model_type: found llama, recipes/two.yml says gemma2, which the kernel was"),
         ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
-        ("dataset-metadata.json", {"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'"),
+        ("dataset-metadata.json", {"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', but the spec names 'tiny-two'"),
     ],
 )
 def test_a_package_that_is_not_the_recipes_is_refused_with_file_key_and_fix(workplace, file, changes, message):
@@ -48,7 +48,9 @@ def test_a_package_of_another_base_model_than_the_recipes_is_refused(workplace):
     change_json(PACKAGE / "contract.json", base_model=".")
     with (PACKAGE / "model.safetensors").open("ab") as file:
         file.truncate(2 * 2**30)
-    assert refusal_of(workplace).startswith(f"{PACKAGE}: 2.0 GiB of weights, recipes/two.yml comes to 0.0, ")
+    assert refusal_of(workplace).startswith(
+        f"{PACKAGE}: its weights have 2.0 GiB, but the kernel's memory was computed for 0.0"
+    )
 
 
 TWO, HALF = {"run": "two", "dataset": "tiny-two"}, {"weight": 0.5}

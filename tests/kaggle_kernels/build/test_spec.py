@@ -54,15 +54,15 @@ def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
         ({"packages": package(dataset="Upper_case")}, "packages.0.dataset: expected lower-case letters and digits, with"),
         ({"packages": package(run="")}, "packages.0.run: expected a run's name, as in outputs/NAME, found ''"),
         ({"packages": package(weight="0.5")}, "packages.0.weight: expected a number, found '0.5' (YAML reads that as text"),
-        ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
+        ({"wheels": "dataset-one"}, "wheels: found dataset-one, which is the dataset of a package; name the one with"),
         ({"clock_seconds": 0}, "clock_seconds: expected seconds above 0 and up to 43200, found 0"),
         ({"clock_seconds": {None: 50_000}}, "clock_seconds: expected seconds above 0 and up to 43200, found 50000"),
         (
             {"clock_seconds": {"12k": 60, None: 90}},
             "clock_seconds: expected a number of rows, or null for any more, found '12k'",
         ),
-        ({"clock_seconds": {12_000: 60}}, "clock_seconds: says nothing of more rows; add null: SECONDS"),
-        ({"title": "!!!!! ab"}, "title: its slug would be 'ab', Kaggle wants 5 characters or more"),
+        ({"clock_seconds": {12_000: 60}}, "clock_seconds: a test file may have more rows than any limit here is for; add null"),
+        ({"title": "!!!!! ab"}, "title: Kaggle would make the slug 'ab' of it, which needs 5 characters or more"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):

@@ -72,7 +72,7 @@ def test_a_file_that_every_package_has_is_missed_though_the_manifest_lacks_it(sp
     (spoilt / "model.safetensors").unlink()
     write_manifest(spoilt)
     assert check_package(spoilt) == [
-        f"{spoilt}/model_input.py: missing, a package has it; make the folder again",
+        f"{spoilt}/model_input.py: missing, but every package has it; make the folder again",
         f"{spoilt}: no model*.safetensors; make the folder again",
     ]
 

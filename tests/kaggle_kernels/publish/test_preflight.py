@@ -38,7 +38,7 @@ def test_all_problems_are_told_at_once(pushable):
         f"{PACKAGE}/tokenizer.json: changed since it was made",
         f"{PACKAGE}/train.parquet: not in manifest.json, so that nobody checked it; remove it",
         "outputs/two/agreement.json: no agreement with the trained model; run `python -m postprocess recipes/two.yml`",
-        f"{REHEARSAL}: missing: no rehearsal passed; run `python -m kaggle_kernels rehearse test",
+        f"{REHEARSAL}: missing, so that no rehearsal has passed; run `python -m kaggle_kernels rehearse test",
     )
     assert [problem[: len(start)] for problem, start in zip(problems, starts, strict=True)] == list(starts)
     assert all("\n" not in problem for problem in problems)
@@ -56,7 +56,7 @@ def test_a_package_that_is_not_the_recipes_is_told(pushable):
     build(pushable)
     package, wheels, rehearsal = find_problems(pushable)
     assert package.startswith("outputs/two/package/manifest.json: quantize: found none, recipes/two.yml says int8")
-    assert wheels.startswith("outputs/wheels: no wheels, and the spec names the dataset pairwise-wheels; run")
+    assert wheels.startswith("outputs/wheels: no such folder, but the spec names the dataset pairwise-wheels; run")
     assert "is of another build of the kernel" in rehearsal
 
 
@@ -80,14 +80,16 @@ def test_an_agreement_of_another_package_is_refused(pushable):
     golden[0]["probabilities"][0] += 0.25
     change_json(PACKAGE.parent / "agreement.json", golden=golden)
     [problem] = find_problems(pushable)
-    assert problem.startswith("outputs/two/agreement.json: is of another package than outputs/two/package, their golden prob")
+    assert problem.startswith("outputs/two/agreement.json: is of another package than outputs/two/package: their golden prob")
 
 
 def test_a_rehearsal_of_another_build_or_of_another_package_is_refused(pushable):
     again = "run `python -m kaggle_kernels rehearse test --test FILE`"
     change_json(PACKAGE / "contract.json", recorded={})
     write_manifest(PACKAGE)
-    assert find_problems(pushable) == [f"{REHEARSAL}: was with another package tiny-two than outputs/two/package; {again}"]
+    assert find_problems(pushable) == [
+        f"{REHEARSAL}: was with another package for tiny-two than that in outputs/two/package; {again}"
+    ]
     pushable.write_text(WSDM.replace("600", "700"))
     build(pushable)
     assert find_problems(pushable) == [f"{REHEARSAL}: is of another build of the kernel; {again}"]

@@ -155,7 +155,7 @@ def test_a_kernel_that_is_read_back_otherwise_is_an_error_and_pushed_again(spec,
     kaggle.faults.append(Fault("GetKernel", times=5, answer={"metadata": {"enableInternet": True}}))
     assert "was pushed, and is not what was meant: enable_internet is true in place of false" in error_of(push(spec))
     refused = error_of(call("status", str(spec)))
-    assert refused == "outputs/test/push.json: the push did not end; run push test first"
+    assert refused == "outputs/test/push.json: the push did not end; run push test again"
     kaggle.faults.append(Fault("GetKernel", answer={"metadata": {"enableInternet": True}}))
     assert push(spec).exit_code == 0
     check_one_run(kaggle, version=2)

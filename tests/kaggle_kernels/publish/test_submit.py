@@ -139,7 +139,7 @@ def test_what_is_no_submission_is_not_submitted(pushed, kaggle, statuses, output
 def test_the_output_of_another_run_is_not_taken_for_the_pushed_ones(pushed, kaggle, manifests, problem):
     """The kernel may have got another version of a dataset, or Kaggle still shows the version before."""
     pushed.output["kernel.json"] = json.dumps({"manifests": manifests}).encode()
-    assert f"version 1: the output that Kaggle has is of {problem}; give it a minute" in error_of(submit())
+    assert f"version 1: the output that Kaggle has is of {problem}; wait a minute" in error_of(submit())
     assert kaggle.calls("CreateCodeSubmission") == []
 
 
@@ -154,13 +154,13 @@ def test_the_pushed_version_is_asked_for_and_submitted_whatever_ran_since(pushed
 
 def test_a_version_that_is_not_what_was_pushed_or_is_gone_is_not_submitted(pushed, kaggle):
     kaggle.site.kernels[REF].versions[0].pushed["text"] = "print(1)"
-    assert error_of(submit()) == f"{REF} version 1: is not what was pushed, its code is another; run push again"
+    assert error_of(submit()) == f"{REF} version 1: is not what was pushed: Kaggle shows other code; run push again"
     del kaggle.site.kernels[REF]
     assert error_of(submit()) == f"{REF}: is not on Kaggle any more; run push again"
 
 
 def test_it_asks_and_where_nobody_can_answer_or_the_message_is_blank_it_refuses(pushed, kaggle, monkeypatch):
-    assert error_of(submit(message=" ")).startswith("-m: is blank")
+    assert error_of(submit(message=" ")).startswith("-m: the message is blank")
     ended = call("submit", "-m", "first try")
     assert error_of(ended) == "submit asks before it submits, and there is nobody to ask: add --yes"
     assert kaggle.requests == []
@@ -230,7 +230,7 @@ def test_an_interrupted_submission_of_an_older_version_is_written_down_with_its_
 
 def test_a_note_of_another_version_of_this_program_is_one_line(pushed):
     write_json("outputs/demo/submit.json", {"version": 1})
-    assert error_of(submit()).startswith("outputs/demo/submit.json: not written by this version; see on Kaggle what was done")
+    assert error_of(submit()).startswith("outputs/demo/submit.json: not written by this version of the program; look on Kaggle")
 
 
 def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):

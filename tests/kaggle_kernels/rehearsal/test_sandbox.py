@@ -102,7 +102,7 @@ def test_a_kernel_that_is_over_its_clock_is_ended_with_all_its_processes(root, m
     monkeypatch.setattr(sandbox.threading, "Timer", lambda seconds, end, args: vars(clock).update(end=end, args=args) or clock)
     monkeypatch.setattr("builtins.print", lambda line, **_: (lines.append(line), clock.end(*clock.args)))
     lines = []
-    message = "test: the kernel was ended: it was not done within its clock of 0.01 s .*; its last line: "
+    message = "test: the kernel was ended, since it was not done within its clock of 0.01 s .*; its last line: "
     with pytest.raises(UserError, match=message) as raised:
         run(root, WITH_A_CHILD + "time.sleep(600)", clock_seconds=0.01)
     [line] = lines

@@ -89,7 +89,7 @@ def lose_a_row(working):
     "spoil, options, message",
     [
         (lose_a_row, (), "submission.csv: 1 ids are missing, e.g. row00"),
-        (lambda working: (working / "scores.parquet").unlink(), (), "scores.parquet: the kernel ended well and did not write"),
+        (lambda working: (working / "scores.parquet").unlink(), (), "scores.parquet: the kernel ended without an error, but"),
         (lambda working: None, ("--kill-every", "5"), "--kill-every: the kernel ended after 12 s and no worker was killed"),
     ],
 )
@@ -111,8 +111,8 @@ def test_a_failure_exits_with_2_and_leaves_no_record(workplace, tmp_path, fake_k
         (("--test", "gone.parquet"), "gone.parquet: no such file; give the test rows with --test"),
         (("--test", "wrong.parquet"), "wrong.parquet, row 1 (id row00000): winner is 'modelA'; expected model_a"),
         (("--train", "gone.parquet"), "--train gone.parquet: no such file; give the competition's train.parquet or train.csv"),
-        (("--train", "test.parquet", "--rows", "9"), "--train: only the visible run scores it; leave out --rows"),
-        (("--python", "nowhere/bin/python"), "nowhere/bin/python: absent; `make setup` makes the environment with Kaggle's"),
+        (("--train", "test.parquet", "--rows", "9"), "--train: only the visible run scores its rows, but --rows"),
+        (("--python", "nowhere/bin/python"), "nowhere/bin/python: no such file; run `make setup`, which installs Kaggle's"),
     ],
 )
 def test_wrong_options_are_refused_before_the_kernel_runs(workplace, fake_kernel, options, message):

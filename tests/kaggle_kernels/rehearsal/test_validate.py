@@ -69,10 +69,10 @@ A, B, C = ["30", "model_a"], ["1", "model_b"], ["200", "model_a"]
     "lines, message",
     [
         ([A, B], ": 1 ids are missing, e.g. 200; a submission needs every id once"),
-        ([A, B, C, A], ": 1 ids are twice or more, e.g. 30; a submission needs every id once"),
+        ([A, B, C, A], ": 1 ids occur twice or more, e.g. 30; a submission needs every id once"),
         ([A, B, C, ["7", "model_a"]], ": 1 ids are not in the test file, e.g. 7; a submission needs every id once"),
         ([A, B, C, []], ": 1 ids are not in the test file, e.g. ; "),
-        ([B, A, C], ", row 1: the id is 1, the test file has 30 there; keep its order"),
+        ([B, A, C], ", row 1: the id is 1, but the test file has 30 there; write the rows in its order"),
         ([["30", "tie"], B, C], ": id 30: winner is 'tie', expected model_a or model_b"),
         ([["30", "model_a", ""], B, C], ": id 30: 3 values, expected 2"),
         ([["30", "model_b"], B, C], ": id 30: model_b, but scores.parquet has 0.75"),
@@ -86,9 +86,9 @@ def test_wrong_ids_and_winners_are_refused_with_an_id(tmp_path, lines, message):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ([1, 0, 0], "1, 0, 0 are no probabilities within 0 and 1 that sum to one"),
-        (["nan", 0.5, 0.5], "nan, 0.5, 0.5 are no probabilities"),
-        (["", 0.5, 0.5], ", 0.5, 0.5 are no probabilities"),
+        ([1, 0, 0], "found 1, 0, 0, expected probabilities between 0 and 1 that sum to one"),
+        (["nan", 0.5, 0.5], "found nan, 0.5, 0.5, expected probabilities"),
+        (["", 0.5, 0.5], "found , 0.5, 0.5, expected probabilities"),
         ([0.5, 0.4, 0.1], "0.5, 0.4, 0.1, but scores.parquet has 0.75, 0.125, 0.125"),
     ],
 )
@@ -101,9 +101,9 @@ def test_wrong_probabilities_are_refused_with_their_id(tmp_path, values, message
     "changes, message",
     [
         ({"id": ["30", "1", "2"]}, "1 ids are missing, e.g. 200; a submission needs every id once"),
-        ({"p_model_a": [0.75, float("nan"), 0.6]}, "id 1: nan, 0.6 are no probabilities within 0 and 1 that sum to one"),
-        ({"p_model_a": [0.75, None, 0.6]}, "id 1: None, 0.6 are no probabilities"),
-        ({"p_model_b": [0.25, 0.7, 0.4]}, "id 1: 0.4, 0.7 are no probabilities within 0 and 1 that sum to one"),
+        ({"p_model_a": [0.75, float("nan"), 0.6]}, "id 1: found nan, 0.6, expected probabilities between 0 and 1 that"),
+        ({"p_model_a": [0.75, None, 0.6]}, "id 1: found None, 0.6, expected probabilities"),
+        ({"p_model_b": [0.25, 0.7, 0.4]}, "id 1: found 0.4, 0.7, expected probabilities between 0 and 1 that"),
         ({"two_p_model_a_as_given": [0.75, float("nan"), None]}, "id 1: two_p_model_a_as_given is NaN"),
     ],
 )

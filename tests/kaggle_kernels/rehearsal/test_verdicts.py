@@ -32,7 +32,7 @@ def test_verdicts_are_read_from_either_layout():
     [
         ({"winner": "modelA"}, "x.csv, row 1 (id row00000): winner is 'modelA'; expected model_a, model_b or tie"),
         ({"winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0}, "winner_tie is 0; expected a 1 for the winner"),
-        ({"winner_model_a": 1, "winner_model_b": 0}, "x.csv: no column winner_tie, where there is winner_model_a"),
+        ({"winner_model_a": 1, "winner_model_b": 0}, "x.csv: no column winner_tie, but there is winner_model_a"),
         ({"winner_model_a": "x", "winner_model_b": "0", "winner_tie": "0"}, "winner_model_a is 'x', "),
     ],
 )

@@ -15,7 +15,7 @@ TWO = ["cuda:0", "cuda:1"]
 @pytest.mark.parametrize(
     "config, trained, message",
     [
-        ({"transformers_version": "5.16.1"}, {}, "saved by transformers 5.16.1, which version 4.57.1 here would read wrongly"),
+        ({"transformers_version": "5.16.1"}, {}, "saved by transformers 5.16.1, but 4.57.1 is installed here, which would"),
         ({}, {"transformers": "5.2.0"}, "saved by transformers 5.2.0,"),
     ],
 )

@@ -160,7 +160,7 @@ def test_missing_bitsandbytes_is_installed_from_the_mounted_wheels(tmp_path, ima
 
 def test_without_wheels_a_package_that_needs_them_is_refused_and_another_installs_nothing(tmp_path, image_without_bitsandbytes):
     package, commands = image_without_bitsandbytes
-    with pytest.raises(ModuleNotFoundError, match="name a dataset in the spec's `wheels`"):
+    with pytest.raises(ModuleNotFoundError, match="name the dataset that holds its wheel in the spec's `wheels`"):
         install_missing_wheels(tmp_path, [package], None)
     package.manifest["quantize"] = "gptq4"
     install_missing_wheels(tmp_path, [package], None)

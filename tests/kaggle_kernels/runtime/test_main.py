@@ -118,7 +118,7 @@ def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
 def test_a_package_with_another_order_of_verdicts_is_refused_before_a_model_is_loaded(kaggle, monkeypatch):
     monkeypatch.setattr(worker_handle, "start_process", lambda _: pytest.fail("a model was loaded"))
     served = settings_for("two", "tiny-two", verdicts=("model_b", "model_a"))
-    message = "contract.json: verdicts: found .'model_a', 'model_b'., the recipe of two says"
+    message = "contract.json: verdicts: found .'model_a', 'model_b'., but the recipe of two says"
     with pytest.raises(PackageError, match=message):
         run_kernel(replace(SETTINGS, packages=(served,)))
 
