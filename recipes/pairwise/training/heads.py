@@ -31,7 +31,11 @@ MOST_SPREAD = 0.1
 def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
     """Give a classifier the head that the run starts with, and log which one it is.
 
-    It was loaded with as many outputs as the base model's head has; the run's head has `outputs`.
+    Args:
+        model: The classifier as it was loaded: with the base model's head, or with a new one where the
+            base model has none.
+        start: Whether the base model's head is kept, and if not, why.
+        outputs: The outputs of the run's head. A head that is not kept may have more or fewer.
 
     Raises:
         UserError: The head that is to be kept holds no finite numbers, or only zeros.
@@ -43,8 +47,7 @@ def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
         LOG.info("head %s: goes on from the base model's", name)
         return
 
-    # transformers has made a new head already where the base model has none.
-    LOG.info("head %s: new, for %s", name, start.reason_for_new)
+    LOG.info("head %s: new, because %s", name, start.reason_for_new)
     base_model_has_head = start.checkpoint_outputs is not None
     if base_model_has_head:
         replace_output_layer(model, outputs)
