@@ -70,7 +70,7 @@ def main(
 
 def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
     """Return whether the run in `folder` has ended, and trained what the recipe says today."""
-    # A run writes this file last.
+    # A run gets this file only after its weights and predictions.
     contract_file = folder / "contract.json"
     if not contract_file.exists():
         return False

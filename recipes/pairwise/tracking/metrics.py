@@ -180,7 +180,10 @@ def predictions(
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
-    """Keep the finite numbers of the trainer's log for history.json, of each record that has a step."""
+    """Make the records of history.json from the trainer's log: all finite numbers, such as loss and learning rate.
+
+    A record without a step is left out, and so are texts.
+    """
     records = []
     for record in log:
         if "step" not in record:
