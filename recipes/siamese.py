@@ -236,13 +236,7 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
 
 
 def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
-    """Join the token ids of a prompt and a response, with a separator between, and shorten both to fit.
-
-    Args:
-        prompt: Token ids of the tokenizer.
-        response: The same.
-        tokens: The most tokens of the result.
-    """
+    """Join the token ids of a prompt and a response, with a separator between, shortened to `tokens` in all."""
     # A long prompt keeps its end, a quarter of all tokens.
     prompt_limit = tokens // 4
     prompt = prompt[max(len(prompt) - prompt_limit, 0) :]

@@ -226,17 +226,12 @@ def adapter_problems(values: dict) -> Iterator[str]:
         key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED
     ]
     if lora_keys and "adapter" not in values:
-        yield (
-            f"adapter: missing, although the recipe has {lora_keys[0]}; without an adapter every weight is trained: set "
-            "adapter: lora, or remove the keys of LoRA"
-        )
+        key = lora_keys[0]
+        yield f"adapter: missing, so {key} has no effect and every weight is trained; set adapter: lora, or remove {key}"
 
     # Axolotl would load the base model in 16 bits.
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
-        yield (
-            "load_in_4bit: with adapter: qlora the base model is to be in 4 bits, which only this key does; set it to "
-            "true, or set adapter: lora"
-        )
+        yield "load_in_4bit: adapter: qlora needs a base model in 4 bits; set load_in_4bit: true, or adapter: lora"
 
     is_trained = block.get("train") is not False
     if adapter and not is_trained:
@@ -248,10 +243,7 @@ def adapter_problems(values: dict) -> Iterator[str]:
     package = block.get("package")
     packaged_adapter = package.get("adapter", "merged") if isinstance(package, dict) else "merged"
     if packaged_adapter != "merged" and adapter not in ("lora", "qlora"):
-        yield (
-            f"pairwise.package.adapter: {packaged_adapter} needs an adapter, and this run has none; remove the key, or "
-            "set adapter: lora or qlora"
-        )
+        yield f"pairwise.package.adapter: {packaged_adapter} needs a run with adapter: lora or qlora; add that, or remove it"
 
 
 def quantised_head_problems(values: dict) -> Iterator[str]:
@@ -269,22 +261,17 @@ def quantised_head_problems(values: dict) -> Iterator[str]:
 
     head = "lm_head" if block_of(values).get("head") == "label_tokens" else "score"
     if head not in skipped_modules:
-        yield (
-            f"bnb_config_kwargs.llm_int8_skip_modules: this list replaces the default one, which spares the head; add {head}"
-        )
+        key = "bnb_config_kwargs.llm_int8_skip_modules"
+        yield f"{key}: this list replaces the default one, so that the head would be quantised; add {head}"
 
 
 def batch_problems(values: dict) -> Iterator[str]:
     """Yield where one of Axolotl's keys sets what the `pairwise:` block already says about batches."""
     block = block_of(values)
     if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
-        yield (
-            "group_by_length: pairwise.tokens_per_micro_batch already decides which rows share a batch; remove one of the two"
-        )
+        yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows share a batch; remove one of the two"
     if block.get("pairs_per_step") and values.get("gradient_accumulation_steps"):
-        yield (
-            "gradient_accumulation_steps: pairwise.pairs_per_step already decides this number; remove one of the two"
-        )
+        yield "gradient_accumulation_steps: pairwise.pairs_per_step already decides this number; remove one of the two"
 
 
 def attention_problems(values: dict) -> Iterator[str]:
@@ -301,21 +288,12 @@ def attention_problems(values: dict) -> Iterator[str]:
 
     # Another model would be trained than the one that is packaged.
     if block.get("softcap") and attention == "sdpa":
-        yield (
-            "attn_implementation: sdpa ignores the soft cap of attention logits; set eager or flash_attention_2, or "
-            "pairwise.softcap: false"
-        )
+        yield "attn_implementation: sdpa ignores the soft cap; set eager or flash_attention_2, or pairwise.softcap: false"
     if block.get("padding_free") and attention == "eager":
-        yield (
-            "attn_implementation: with eager, the sequences that pairwise.padding_free puts into one row would see each "
-            "other; remove it"
-        )
+        yield "attn_implementation: with eager, the sequences of a padding-free row would see each other; remove the key"
     needs_both = block.get("padding_free") and block.get("softcap")
     if needs_both and attention != "flash_attention_2":
-        yield (
-            "pairwise.padding_free: together with pairwise.softcap it works only with flash-attention; set "
-            "attn_implementation: flash_attention_2"
-        )
+        yield "pairwise.padding_free: with pairwise.softcap it needs attn_implementation: flash_attention_2; set that"
 
 
 def average_problems(values: dict) -> Iterator[str]:
@@ -326,10 +304,7 @@ def average_problems(values: dict) -> Iterator[str]:
         if values.get(key):
             yield f"pairwise.ema_decay: with {key} no process holds all weights that are averaged; remove one of the two"
     if values.get("load_best_model_at_end"):
-        yield (
-            "pairwise.ema_decay: the average would replace the best checkpoint, which load_best_model_at_end keeps; "
-            "remove one of the two"
-        )
+        yield "pairwise.ema_decay: the average would replace the best checkpoint; remove load_best_model_at_end, or ema_decay"
 
 
 def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:

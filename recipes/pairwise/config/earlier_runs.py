@@ -180,19 +180,15 @@ def choose_head_start(
     if block.head == "reward":
         if outputs == 1:
             return HeadStart(outputs, None)
-        return HeadStart(
-            outputs, f"the base model's has {outputs} outputs, and a reward is one number"
-        )
+        return HeadStart(outputs, f"the base model's has {outputs} outputs, a reward has one")
 
     # The head score has an output for each verdict. A model only numbers its outputs: which verdict
     # each stands for is written in the contract of the run that trained it.
     if earlier is None or earlier.head != "score":
-        return HeadStart(
-            outputs, "no contract says which verdicts the base model's outputs stand for"
-        )
+        return HeadStart(outputs, "no contract says which verdicts the base model's head has")
     if earlier.verdicts != block.verdicts:
         verdicts = ", ".join(earlier.verdicts)
-        return HeadStart(outputs, f"the base model's outputs stand for {verdicts}")
+        return HeadStart(outputs, f"the base model's head has the verdicts {verdicts}")
     return HeadStart(outputs, None)
 
 

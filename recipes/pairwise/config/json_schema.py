@@ -293,16 +293,9 @@ def text_of_properties(properties: dict) -> str:
 
 
 def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
-    """Write a schema to a file; or only check that the file holds it, and change nothing.
+    """Write a schema to a file, or with `check` raise UserError unless the file holds it already.
 
-    Args:
-        path: The file.
-        schema: The JSON Schema that it is to hold.
-        command: The command that writes the file, for the message.
-        check: Only check.
-
-    Raises:
-        UserError: The check has found another content, or no file.
+    The message names `command`, which writes the file.
     """
     text = text_of(schema)
     if not check:

@@ -33,8 +33,8 @@ def read_config(base_model: str, revision: str | None):
     may_be_on_hub = could_be_repository and not folder.exists()
     if not is_model_folder and not may_be_on_hub:
         raise UserError(
-            f"base_model: {base_model} is no model's folder, which would hold a config.json, and no repository's name on "
-            "the hub, which would be OWNER/NAME; correct it"
+            f"base_model: {base_model} is neither a model's folder (no config.json there) nor a name on the hub (OWNER/NAME); "
+            "correct it"
         )
     try:
         return AutoConfig.from_pretrained(base_model, revision=revision)
@@ -68,12 +68,7 @@ def warn_of_unserved_model(model_type: str, head: str) -> None:
 
 
 def check_config(config, block: PairwiseBlock, overrides: Mapping[str, object]) -> None:
-    """Check that a base model has what a recipe asks of it.
-
-    Args:
-        config: The base model's configuration, as transformers reads it.
-        block: The recipe's `pairwise:` block.
-        overrides: The recipe's model_config: settings of `config` that it replaces.
+    """Check that a base model has what a recipe asks of it; `overrides` is the recipe's model_config.
 
     Raises:
         UserError: The model has fewer positions than the recipe has tokens, no setting of an override's

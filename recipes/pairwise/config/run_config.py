@@ -60,10 +60,6 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     """Check a run's keys, and return its `pairwise:` block with what the environment changes in it.
 
-    Args:
-        cfg: Axolotl's configuration: the recipe's keys, and Axolotl's own.
-        recipe: The recipe's file, or a copy that Axolotl may have removed.
-
     Raises:
         UserError: A key is wrong, or the recipe trains nothing. One message names all problems.
     """

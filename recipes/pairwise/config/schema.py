@@ -99,9 +99,7 @@ class DistillBlock(_Strict):
         if not isinstance(teachers, list):
             return teachers
         if len(set(map(str, teachers))) < len(teachers):
-            raise ValueError(
-                "a teacher is named twice; to have it count twice, give it a weight instead: {NAME: 2}"
-            )
+            raise ValueError("a teacher is named twice; give it a weight instead: {NAME: 2}")
         return dict.fromkeys(teachers, 1.0)
 
 
@@ -239,7 +237,7 @@ class PairwiseBlock(_Strict):
 
     @model_validator(mode="after")
     def _an_encoder_has_no_gptq_and_no_answer(self):
-        # The template bert is for encoders, all others are for decoders.
+        # Of the templates that have a name, only this one is for encoders.
         if self.template != "bert":
             return self
         if self.package.quantize in GPTQ_BITS:

@@ -92,16 +92,9 @@ def read_labels(
 
 
 def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
-    """Check that a teacher's labels can be used: that they were made from this pairs file and the runs as they are now.
+    """Check that the labels in a teacher's folder suit a student, by its pairs file and verdicts.
 
-    Args:
-        record: What labels.json says of the labels: pairs file, verdicts, and the teacher's runs.
-        folder: The teacher's folder.
-        pairs_file: The student's pairs file.
-        verdicts: The student's verdicts.
-
-    Raises:
-        UserError: The labels are of other pairs, of other verdicts, or older than a run.
+    `record` is the teacher's labels.json: it says from which pairs file and which runs the labels were made.
     """
     file = folder / LABELS
     remedy = f"run pairwise labels {folder.name} again"

@@ -115,13 +115,7 @@ def derive_graph(target: str) -> Graph:
 
 
 def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
-    """Describe what the graph needs to know of a recipe's run.
-
-    Args:
-        recipe: The recipe.
-        is_packaged: Whether a kernel of the graph serves the run, which then needs a package.
-        keeps_merged: Whether a recipe starts from the run's merged model.
-    """
+    """Describe what the graph needs to know of a recipe's run; Run explains the two arguments beside the recipe."""
     block = recipe.pairwise
 
     # A training depends on the keys of the recipe, but for those that change no weight, and on the code

@@ -92,10 +92,7 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
 def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
     """List the files that Snakemake is to make of a recipe or a spec; it finds by itself what they need.
 
-    Args:
-        name: The name of the recipe or the spec.
-        graph: Its graph.
-        test_rows: The file of rows on which a kernel is rehearsed; None for no rehearsal.
+    `test_rows` is the file on which a kernel is rehearsed; None for no rehearsal.
     """
     targets = []
     if name in graph.kernels:

@@ -180,10 +180,7 @@ def predictions(
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
-    """Make the records of history.json from the trainer's log: all finite numbers, such as loss and learning rate.
-
-    A record without a step is left out, and so are texts.
-    """
+    """Make the records of history.json from those of the trainer's log that have a step: their finite numbers."""
     records = []
     for record in log:
         if "step" not in record:

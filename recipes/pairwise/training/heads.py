@@ -31,11 +31,7 @@ MOST_SPREAD = 0.1
 def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
     """Give a classifier the head that the run starts with, and log which one it is.
 
-    Args:
-        model: The classifier as it was loaded: with the base model's head, or with a new one where the
-            base model has none.
-        start: Whether the base model's head is kept, and if not, why.
-        outputs: The outputs of the run's head. A head that is not kept may have more or fewer.
+    It was loaded with the base model's head, if that has one. `outputs` is how many the run's head has.
 
     Raises:
         UserError: The head that is to be kept holds no finite numbers, or only zeros.

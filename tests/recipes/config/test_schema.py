@@ -52,14 +52,17 @@ def test_a_good_recipe_has_no_problem():
         (with_block(package={"slug": "Some_Model"}), "pairwise.package.slug: expected lower-case letters and digits, with"),
         (
             with_block(tokens_per_micro_batch=8192) | {"group_by_length": True},
-            "group_by_length: pairwise.tokens_per_micro_batch already decides which rows share a batch; remove one",
+            "group_by_length: pairwise.tokens_per_micro_batch decides which rows share a batch; remove one",
         ),
         (with_block(hardware={"gpus": 0, "gib": 80}), "pairwise.hardware.gpus: expected a number above 0, found 0"),
         (with_block(hardware={"gpu": 8, "gpus": 8, "gib": 80}), "pairwise.hardware.gpu: unknown key; did you mean gpus?"),
         (with_block(pairs_per_step=64) | {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: pairwise.pairs"),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa ignores the soft cap"),
         (with_block(padding_free=True) | {"attn_implementation": "eager"}, "attn_implementation: with eager, the sequences"),
-        (with_block(padding_free=True, softcap=True), "pairwise.padding_free: together with pairwise.softcap it works"),
+        (
+            with_block(padding_free=True, softcap=True),
+            "pairwise.padding_free: with pairwise.softcap it needs attn_implementation: flash_attention_2",
+        ),
         (with_block(padding_free=True, r_drop=1.0), "pairwise.padding_free: R-Drop repeats each row of a batch"),
         (
             with_block(head="reward", verdicts=["model_a", "tie", "model_b"]),
@@ -85,11 +88,12 @@ def test_a_good_recipe_has_no_problem():
         ),
         (
             with_block(package={"slug": "some-model", "quantize": "nf4", "adapter": "best"}),
-            "pairwise.package.adapter: best needs an adapter, and this run has none",
+            "pairwise.package.adapter: best needs a run with adapter: lora or qlora",
         ),
         (
             with_block(head="label_tokens") | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["score"]}},
-            "bnb_config_kwargs.llm_int8_skip_modules: this list replaces the default one, which spares the head; add lm_head",
+            "bnb_config_kwargs.llm_int8_skip_modules: this list replaces the default one, so that the head "
+            "would be quantised; add lm_head",
         ),
     ],
 )
@@ -159,13 +163,13 @@ def test_a_plugin_s_keys_are_accepted_where_the_recipe_names_the_plugin():
         ({"warmup_ratio": 5}, "warmup_ratio: expected a number of at least 0 and of at most 1, found 5"),
         (LORA | {"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: expected one of true, false, gaussian, "),
         (LORA | {"lora_target_modules": []}, "lora_target_modules: missing; list the layers that lora is to adapt"),
-        ({"lora_r": 8}, "adapter: missing, although the recipe has lora_r; without an adapter every weight is trained"),
-        (LORA | {"adapter": "qlora"}, "load_in_4bit: with adapter: qlora the base model is to be in 4 bits"),
+        ({"lora_r": 8}, "adapter: missing, so lora_r has no effect and every weight is trained; set adapter: lora"),
+        (LORA | {"adapter": "qlora"}, "load_in_4bit: adapter: qlora needs a base model in 4 bits; set load_in_4bit: true"),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}}, "bnb_config_kwargs.bnb_4bit_quant_typ: unknown key; did you"),
         ({"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}}, "bnb_config_kwargs.llm_int8_skip_modules: this list"),
         ({"special_tokens": {"pad_tok": "<pad>"}}, "special_tokens.pad_tok: unknown key; did you mean pad_token?"),
         ({"num_labels": 3}, "num_labels: refused, it follows from pairwise.verdicts and pairwise.head; remove it"),
-        ({"wandb_name": "first"}, "wandb_name: has no effect, since wandb_project is missing; add that"),
+        ({"wandb_name": "first"}, "wandb_name: has no effect, since wandb_project is missing; add that, or remove the key"),
         ({"wandb_project": "a", "wandb_api_key": SECRET}, "wandb_api_key: unknown key"),
         ({"comet_api_key": SECRET}, "comet_api_key: refused, a file is no place for a secret"),
     ],
