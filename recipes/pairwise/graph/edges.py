@@ -233,7 +233,7 @@ def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
     for path in Path("recipes").glob("*.yml"):
         merged_bases.add(base_run_of(read_yaml(path)))
 
-    # None is in it: most recipes start from a model that is no run of this project.
+    # Most recipes start from a model that no run here made, for which base_run_of gives None.
     return merged_bases - {None}
 
 
