@@ -13,6 +13,7 @@ absent; a finished run is not repeated.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -122,14 +123,17 @@ def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     )
     if rows["id"].null_count() or rows["id"].is_duplicated().any():
         raise UserError(
-            f"{path}: an id is missing or stands there twice; give every row an id of its own"
+            f"{path}: a row has no id, or the id of another row; give every row an id of its own"
         )
     return rows
 
 
 def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Add the column `target`, the share of votes for A with half of the ties, and scale weights to mean 1."""
-    # The pool has no votes, and on the lockbox nothing is trained.
+    """Keep the rows with votes, add the column `target`, and scale the weights to a mean of 1.
+
+    `target` is what P(A) should be: the share of the votes for A and half of those for a tie.
+    """
+    # The other roles are the pool, which has no votes, and the lockbox, on which nothing is trained.
     if "role" not in pairs.columns:
         pairs = pairs.with_columns(role=pl.lit("train"))
     pairs = pairs.filter(pl.col("role").is_in(["train", "extra"]))
@@ -140,7 +144,7 @@ def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
     is_complete = (pairs["target"] + pairs["weight"]).is_finite().fill_null(False)
     if not is_complete.all():
         raise UserError(
-            f"{path}: a probability or weight is missing; write the file with python -m preprocess"
+            f"{path}: a probability or weight of some row is missing; write the file with python -m preprocess"
         )
     return pairs
 
@@ -176,7 +180,7 @@ def split(
     training = others.filter(~is_stopping)
     if len(training) < options.batch_size:
         raise UserError(
-            f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it"
+            f"{options.pairs}: {len(training)} rows to train on are too few for --batch-size {options.batch_size}; lower it"
         )
     return training, human_votes.filter(is_stopping), held_out
 
@@ -232,15 +236,16 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
 
 
 def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
-    """Join the token ids of a prompt and a response, with a separator, to a sequence of so many tokens at most."""
-    # The prompt's end is kept; of the response, what does not fit is cut out of the middle.
-    most_of_prompt = tokens // 4
-    prompt = prompt[max(len(prompt) - most_of_prompt, 0) :]
+    """Join the token ids of a prompt and a response, with a separator between, shortened to `tokens` in all."""
+    # A long prompt keeps its end, a quarter of all tokens.
+    prompt_limit = tokens // 4
+    prompt = prompt[max(len(prompt) - prompt_limit, 0) :]
 
-    most_of_response = max(tokens - len(prompt) - 1, 1)
-    if len(response) > most_of_response:
-        beginning = response[: (most_of_response + 1) // 2]
-        end = response[len(response) - most_of_response // 2 :]
+    # A long response loses its middle.
+    response_limit = max(tokens - len(prompt) - 1, 1)
+    if len(response) > response_limit:
+        beginning = response[: (response_limit + 1) // 2]
+        end = response[len(response) - response_limit // 2 :]
         response = beginning + end
 
     # The first ids are reserved for padding and separator.
@@ -255,17 +260,22 @@ def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
 def make_ordered_batches(
     pairs: list[Sides], targets: np.ndarray, weights: np.ndarray, size: int
 ) -> tf.data.Dataset:
-    """Make batches in the order of the rows, with what P(A) should be; rows of weight 0 fill up the last one."""
-    # So many rows are missing to a multiple of `size`.
-    filler_count = -len(pairs) % size
+    """Make batches of `size` rows in the order of the rows, to measure or to predict.
+
+    `targets` are what P(A) should be. The last batch is filled up with rows of weight 0: 7 rows in
+    batches of 3 get 2 of them.
+    """
+    batch_count = math.ceil(len(pairs) / size)
+    filler_count = batch_count * size - len(pairs)
     filler = ([SEPARATOR], [SEPARATOR])
     filled = pairs + [filler] * filler_count
 
-    # Keras divides the loss by all rows, the filler too.
+    # Keras divides the sum of the losses by the number of all rows, also of those of weight 0. Larger
+    # weights of the others make up for that.
     weights = weights * (len(filled) / len(pairs))
     targets = np.pad(targets, (0, filler_count))
     weights = np.pad(weights, (0, filler_count))
-    batches = np.arange(len(filled)).reshape(-1, size)
+    batches = np.arange(len(filled)).reshape(batch_count, size)
     return make_dataset(filled, targets, weights, batches.shape, lambda: batches)
 
 
@@ -276,18 +286,22 @@ def make_shuffled_batches(
     size: int,
     rng: np.random.Generator,
 ) -> tf.data.Dataset:
-    """Make full batches of rows of like length, in random order; rows left over are others in each epoch."""
-    count = len(pairs) // size
+    """Make batches of `size` rows to train on, anew in each epoch and in random order.
+
+    The rows of a batch are about equally long, so that little of it is padding. A batch that would not
+    be full is left out: of 7 rows in batches of 3, a random one has no part in an epoch.
+    """
+    batch_count = len(pairs) // size
     lengths = np.array([max(len(side_a), len(side_b)) for side_a, side_b in pairs])
 
     def draw_batches() -> np.ndarray:
-        rows = rng.permutation(len(pairs))[: count * size]
-        # Rows of about the same length change places, or every epoch would have the same batches.
+        rows = rng.permutation(len(pairs))[: batch_count * size]
+        # With their exact lengths, the same rows would meet in every epoch.
         blurred_lengths = lengths[rows] + LENGTH_NOISE * rng.random(len(rows))
         rows_by_length = rows[np.argsort(blurred_lengths, kind="stable")]
-        return rng.permutation(rows_by_length.reshape(count, size))
+        return rng.permutation(rows_by_length.reshape(batch_count, size))
 
-    return make_dataset(pairs, targets, weights, (count, size), draw_batches)
+    return make_dataset(pairs, targets, weights, (batch_count, size), draw_batches)
 
 
 def make_dataset(
@@ -297,8 +311,16 @@ def make_dataset(
     shape: tuple[int, int],
     draw_batches: Callable[[], np.ndarray],
 ) -> tf.data.Dataset:
-    """Make the dataset that Keras reads: ids of both sides, targets and weights of each batch."""
-    count, size = shape
+    """Make the dataset that Keras reads: ids of both sides, targets and weights of each batch.
+
+    Args:
+        pairs: The token ids of each row's two sides.
+        targets: What P(A) should be, of shape (rows,).
+        weights: Of the same shape.
+        shape: The number of batches, and of rows in each.
+        draw_batches: Called in each epoch; returns the row numbers of its batches, of that shape.
+    """
+    batch_count, size = shape
 
     def generate():
         for rows in draw_batches():
@@ -313,7 +335,7 @@ def make_dataset(
     ids = tf.TensorSpec((size, None), tf.int32)
     value = tf.TensorSpec((size, 1), tf.float32)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=((ids, ids), value, value))
-    return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(2)
+    return dataset.apply(tf.data.experimental.assert_cardinality(batch_count)).prefetch(2)
 
 
 # The model
@@ -436,7 +458,7 @@ def measure(rows: pl.DataFrame) -> dict[str, float]:
     is_right = (p_model_a >= 0.5) == a_won
     accuracy = is_right[is_decided].mean()
 
-    # What picking the longer response would get right, a model's least duty.
+    # A model has to beat the rule that the longer response wins.
     length_a = rows["response_a"].str.len_chars().to_numpy()
     length_b = rows["response_b"].str.len_chars().to_numpy()
     longer_is_right = (length_a >= length_b) == a_won
@@ -460,7 +482,7 @@ def measure(rows: pl.DataFrame) -> dict[str, float]:
 
 
 def save_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Save under a temporary name beside `path`, which it then gets: the file is whole or absent."""
+    """Have `save` write a file under a temporary name, and rename it to `path`: it is whole or absent."""
     temporary = path.with_name(f".unfinished.{path.name}")
     save(temporary)
     os.replace(temporary, path)
@@ -484,7 +506,7 @@ def collect_settings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Namespace) -> None:
-    """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others."""
+    """Train, measure, and write the files of --out. With metrics.json, the last one, the run is finished."""
     start = time.monotonic()
     pairs = add_targets(pairs, options.pairs)
     training, stopping, held_out = split(pairs, options)
@@ -494,12 +516,12 @@ def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Name
         tokenizer = read_tokenizer(options.tokenizer)
     model = train(training, stopping, tokenizer, options)
 
-    # Nothing of an earlier run may vouch for this one.
+    # Results of an earlier run must not stand beside the weights of this one.
     out = options.out
     for name in ("metrics.json", "submission.csv"):
         (out / name).unlink(missing_ok=True)
     save_whole(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-    # Without the two numbers that Adam keeps for each weight.
+    # A model made anew has no optimizer, which holds two numbers for each weight.
     save_whole(out / "model.keras", keras.Model(model.inputs, model.outputs).save)
     end_of_training = time.monotonic()
 

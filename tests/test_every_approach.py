@@ -144,7 +144,8 @@ def test_recipe_that_trains_nothing_says_so_and_stops(recipe, twin_of, workplace
     ended = forked.axolotl("train", twin_of(recipe.stem))
     assert ended.code == 2
     assert (
-        "pairwise.train is false, there is nothing to train; package the base model with python -m postprocess" in ended.output
+        "pairwise.train is false, so there is nothing to train; package the base model with python -m postprocess"
+        in ended.output
     )
     assert not (workplace / "outputs" / recipe.stem / "contract.json").exists()
 

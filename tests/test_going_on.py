@@ -46,7 +46,7 @@ def test_three_runs_go_on_from_a_reward_model_to_a_submission(tiny_models, tmp_p
 
     # Two verdicts need a new head.
     second = write_recipe("second", "outputs/first/merged", {})
-    assert "head score: new, for no contract says that the base model's tells verdicts apart" in train(second)
+    assert "head score: new, because no contract says which verdicts the base model's head has" in train(second)
     assert load_file("outputs/second/adapter_model.safetensors")[HEAD].shape == (2, 64)
 
     # The same adapter goes on.

@@ -113,8 +113,14 @@ def new_contract(
 
 
 def check_control_tokens(tokenizer, block: PairwiseBlock, base_model: str) -> None:
-    """Raise UserError where a template that the recipe names is not of the base model's family."""
-    # A template that is spelled out may write what it likes.
+    """Check that the base model knows the control tokens of the template that a recipe names.
+
+    Each family of chat models has its own, such as Gemma's <start_of_turn>. Other models read them as text.
+
+    Raises:
+        UserError: One is no token of the base model.
+    """
+    # The author of a template that is spelled out may mean such a text.
     if not isinstance(block.template, str):
         return
     template = block.resolved_template()
@@ -127,10 +133,12 @@ def check_control_tokens(tokenizer, block: PairwiseBlock, base_model: str) -> No
 
 
 def find_label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
-    """Find the token of each verdict's answer as it stands after the template's end.
+    """Find the ids of the tokens by which the head label_tokens answers: one for each verdict, such as A and B.
+
+    Each is looked up right after the template's end: a text may be another token there than alone.
 
     Raises:
-        UserError: An answer is not one token, or two answers are the same one.
+        UserError: An answer is not one token, or two answers are the same token.
     """
     backend = tokenizer.backend_tokenizer
     end = block.resolved_template().end
@@ -141,15 +149,19 @@ def find_label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
         *ids_before, answer_id = backend.encode(end + LABELS[verdict], add_special_tokens=False).ids
         if ids_before != end_ids or answer_id in answer_ids:
             raise UserError(
-                f"pairwise.template: the answer {LABELS[verdict]!r} is not one token of its own after {end[-20:]!r}; end the "
-                "template with a line break or a control token, or use head: score"
+                f"pairwise.template: after {end[-20:]!r} the tokenizer has no single token for the answer {LABELS[verdict]!r} "
+                "alone; end the template with a line break or a control token, or use head: score"
             )
         answer_ids.append(answer_id)
     return tuple(answer_ids)
 
 
 def encode_golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
-    """Encode twenty made-up pairs, awkward ones among them: each with its token ids under the contract."""
+    """Encode the twenty golden rows: awkward pairs, whose token ids must come out the same at every later stage.
+
+    Returns:
+        For each row the pair as a row of pairs.parquet, and its sequences of token ids.
+    """
     rows = []
     for number, (prompt, response_a, response_b) in enumerate(GOLDEN_TEXTS):
         texts = {"prompt": prompt, "response_a": response_a, "response_b": response_b}
@@ -206,10 +218,14 @@ def write_contract(
 def record_training(
     recipe: Path, folder: Path, pairs: str, recipe_sha256: str | None = None, **git_state
 ) -> None:
-    """Enter a run into the ledger, once its metrics.json and contract.json are there.
+    """Add a line on a finished run to outputs/ledger.jsonl, where all that is made is recorded.
 
-    A run began hours before: `recipe_sha256` and `git_state` (see ledger.git_state) are of its beginning, and
-    without them of now.
+    Args:
+        recipe: The recipe's file.
+        folder: The run folder, with metrics.json and contract.json.
+        pairs: The pairs file.
+        recipe_sha256: The recipe's hash as the run began, which may be hours ago; by default as it is now.
+        git_state: As ledger.git_state gave it then; by default as it is now.
     """
     metrics = read_object(folder / "metrics.json")
     pairs_sha256 = metrics.pop("pairs_sha256")

@@ -37,7 +37,9 @@ def main(
     Options that follow are Axolotl's, for instance --launcher torchrun.
     """
     if "PAIRWISE_FOLD" in os.environ:
-        raise UserError("PAIRWISE_FOLD is set; unset it, cross-validation trains every fold")
+        raise UserError(
+            "PAIRWISE_FOLD is set, which chooses one fold, but cross-validation trains every fold; unset it"
+        )
     checked = read_recipe(recipe)
     pairs = Path(checked.pairwise.pairs)
     command = ["axolotl", "train", recipe]
@@ -67,13 +69,16 @@ def main(
 
 
 def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
-    """Return whether the run in `folder` has ended and would be the same today."""
+    """Return whether the run in `folder` has ended, and trained what the recipe says today."""
+    # A run gets this file only after its weights and predictions.
     contract_file = folder / "contract.json"
     if not contract_file.exists():
         return False
-    if recipe.path.stat().st_mtime > contract_file.stat().st_mtime:
+    recipe_changed_since = recipe.path.stat().st_mtime > contract_file.stat().st_mtime
+    if recipe_changed_since:
         return False
 
+    # What the recipe only names: the base model, the code that makes token ids, pairs, teachers' labels.
     contract = read_json(contract_file)
     metrics = read_json(folder / "metrics.json")
     return (
@@ -85,24 +90,32 @@ def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
 
 
 def collect(run_folder: Path, folds: list[int], pairs: Path) -> None:
-    """Join the folds' predictions to oof.parquet, their metrics to cv.json, and print both."""
-    fold_folders = {fold: run_folder / f"fold-{fold}" for fold in folds}
-    predictions = [
-        pl.read_parquet(folder / "predictions.parquet") for folder in fold_folders.values()
-    ]
+    """Join what the runs of all folds predicted and measured: to oof.parquet and cv.json, and in a printed table.
+
+    Raises:
+        UserError: The predictions are not one for each training row of the pairs file.
+    """
+    predictions = []
+    metrics = {}
+    for fold in folds:
+        fold_folder = run_folder / f"fold-{fold}"
+        predictions.append(pl.read_parquet(fold_folder / "predictions.parquet"))
+        metrics[fold] = read_json(fold_folder / "metrics.json")
+
+    # Each row is in one fold, and predicted by the run that held this fold out.
     joined = pl.concat(predictions).sort("id")
-    all_ids = read_pairs(pairs).filter(role="train")["id"].sort()
-    if joined["id"].to_list() != all_ids.to_list():
+    expected_ids = read_pairs(pairs).filter(role="train")["id"].sort()
+    if joined["id"].to_list() != expected_ids.to_list():
         raise UserError(
-            f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on it"
+            f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on that file"
         )
 
-    metrics = {fold: read_json(folder / "metrics.json") for fold, folder in fold_folders.items()}
     mean = mean_over_rows(metrics)
     with atomic_file(run_folder / "oof.parquet") as temporary:
         joined.write_parquet(temporary)
     write_json(run_folder / "cv.json", {"folds": metrics, "mean": mean})
 
+    # The table.
     print(f"{'fold':<6}" + "".join(f"{name:>20}" for name in (*AVERAGED, "rows")))
     for fold, values in [*metrics.items(), ("all", mean)]:
         columns = "".join(f"{values[name]:>20.4f}" for name in AVERAGED)

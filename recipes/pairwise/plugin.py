@@ -117,7 +117,8 @@ class PairwisePlugin(BasePlugin):
         """Check the recipe, then its base model, of which only the configuration is read.
 
         Returns:
-            The base model without weights, and how activations are recomputed.
+            The base model without weights; and the arguments of PyTorch's gradient checkpointing, which
+            recomputes activations in the backward pass.
         """
         self.block = run_config.check_run(cfg, self.recipe)
         run_config.set_accumulation_steps(cfg, self.block)
@@ -189,11 +190,13 @@ class PairwisePlugin(BasePlugin):
         )
 
     def _plan_batches(self, cfg, train: Dataset) -> TokenBudgetBatches:
-        """Plan the micro-batches of a recipe with a token budget."""
-        lengths_r = np.array(train["length"])
+        """Plan the micro-batches of a recipe that limits their tokens, and not their pairs."""
+        # The tokens that each of a pair's two sequences takes. With padding both are as long as the
+        # longer one. Without, their mean counts.
         if self.block.padding_free:
-            # The shorter sequence of a pair is not padded to the longer one.
             lengths_r = np.array(train["tokens"]) / 2
+        else:
+            lengths_r = np.array(train["length"])
 
         has_two_sequences = self.block.head == "reward" or self.block.orders == "both"
         shape = StepShape(
@@ -213,16 +216,16 @@ class PairwisePlugin(BasePlugin):
         set_seed(find_seed(cfg))
 
     def post_model_build(self, cfg, model):
-        """See to the head, its labels, the pad id and the soft cap; note the hub's commit of a model from there."""
+        """Set up the loaded model: its head, the names of its labels, the pad token and the soft cap."""
+        # The contract names the exact commit of a model from the hub, also where the recipe names none.
         hub_commit = getattr(model.config, "_commit_hash", None)
         self.contract = replace(self.contract, revision=self.contract.revision or hub_commit)
 
         if self.block.head != "label_tokens":
             with stopping_on_errors(self.recipe):
                 heads.start_head(model, self.head_start, self.contract.num_labels)
-            heads.name_labels(
-                model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts
-            )
+            labels = ("reward",) if self.block.head == "reward" else self.block.verdicts
+            heads.name_labels(model.config, labels)
         model.config.pad_token_id = self.contract.pad_token_id
         if not self.block.softcap:
             weights.remove_softcap(model)
@@ -242,13 +245,16 @@ class PairwisePlugin(BasePlugin):
             weights.train_in_float32(model)
 
     def get_training_args(self, cfg):
-        """Keep the batches' own columns, validate in larger batches, skip the evaluation before the first step."""
-        # Axolotl evaluates before the first step where eval_steps is set; that doubles the shortest runs for nothing.
+        """Return what replaces Axolotl's choices among the arguments of transformers' Trainer."""
         arguments = {
+            # Our loss reads columns that the model does not take as inputs, such as the weights.
             "remove_unused_columns": False,
             "label_names": ["labels"],
+            # With eval_steps, Axolotl would also evaluate before the first step, which doubles the shortest runs.
             "eval_on_start": False,
         }
+
+        # Without gradients, more pairs fit into memory.
         if self.resolved.get("eval_batch_size") is None:
             arguments["per_device_eval_batch_size"] = VALIDATED_AT_ONCE * cfg.micro_batch_size
         if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
@@ -282,7 +288,7 @@ class PairwisePlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
-        # The loss.
+        # The block sets the loss: smoothing, R-Drop and the teachers' part.
         trainer.block = self.block
         if self.block.r_drop > 0:
             with stopping_on_errors(self.recipe):
@@ -309,7 +315,10 @@ class PairwisePlugin(BasePlugin):
         return metrics.scores(both_rov, labels_rv, winners_r)
 
     def post_train(self, cfg, model):
-        """Predict after the last step; complete the run folder after Axolotl has saved the weights. It calls this for both."""
+        """Predict the validation rows after the training, and complete the run folder once the weights are saved.
+
+        Axolotl calls this hook at both moments: after the last step, and after it has saved the weights.
+        """
         folder = Path(cfg.output_dir)
         if not self.has_predicted:
             self.has_predicted = True
@@ -317,20 +326,23 @@ class PairwisePlugin(BasePlugin):
             self._save_weights(folder, model)
             with stopping_on_errors():
                 results.write_results(folder, self.trainer, self.block, self.started)
-        elif not self.is_complete and self.trainer.is_world_process_zero():
-            self.is_complete = True
-            zero3.check_whole(folder)
-            started_from = self.earlier_run.describe() if self.earlier_run else None
-            write_contract(folder, self.contract, self.recipe, started_from)
-            LOG.info("contract.json and model_input.py written to %s", folder)
-            begun_from = self.begun_from | {"started_from": started_from}
-            record_training(
-                recipe_copy.lasting_recipe(self.recipe, folder),
-                folder,
-                self.block.pairs,
-                **begun_from,
-            )
-            wandb_run.finish(folder)
+            return
+
+        # The second call. One process writes for all.
+        if self.is_complete or not self.trainer.is_world_process_zero():
+            return
+        self.is_complete = True
+        zero3.check_whole(folder)
+
+        # The contract says what the weights are, so that it comes after them.
+        started_from = self.earlier_run.describe() if self.earlier_run else None
+        write_contract(folder, self.contract, self.recipe, started_from)
+        LOG.info("contract.json and model_input.py written to %s", folder)
+
+        lasting_recipe = recipe_copy.lasting_recipe(self.recipe, folder)
+        begun_from = self.begun_from | {"started_from": started_from}
+        record_training(lasting_recipe, folder, self.block.pairs, **begun_from)
+        wandb_run.finish(folder)
 
     def _save_weights(self, folder: Path, model) -> None:
         """Save the weights before Axolotl does: whatever goes wrong while predicting must not cost them."""

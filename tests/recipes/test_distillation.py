@@ -119,9 +119,9 @@ def never_made(folder, pairs_file):
     ("damage", "problem"),
     [
         (saw_its_fold, "row00001 of fold 1 is labelled by the run fold-3, which was trained on it"),
-        (of_another_file, "labels of another pairs file than"),
+        (of_another_file, "these labels were made from another pairs file than"),
         (lacks_a_row, "no label of 1 of the 19 training rows, such as row00022 (role pool)"),
-        (trained_since, "older than the training of"),
+        (trained_since, "fold-1 was trained again, or removed, after these labels were made"),
         (of_three_verdicts, "the teacher's verdicts are model_a, model_b, tie, the student's model_a, model_b"),
         (never_made, "no such file; train the teacher's folds with make cv R=teacher"),
     ],

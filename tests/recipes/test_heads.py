@@ -95,7 +95,7 @@ def test_an_answer_that_runs_into_the_template_is_refused():
     template = {"start": "", "turn": "{prompt}{response_a}{response_b}"}
     good, bad = (block_of(head="label_tokens", template=template | {"end": end}) for end in ("y", "x"))
     assert find_label_tokens(merges_x_and_a, good) == (2, 3)
-    with pytest.raises(UserError, match="the answer 'A' is not one token of its own after 'x'"):
+    with pytest.raises(UserError, match="after 'x' the tokenizer has no single token for the answer 'A' alone"):
         find_label_tokens(merges_x_and_a, bad)
 
 

@@ -125,12 +125,12 @@ def test_what_is_broken_is_named_in_one_line(inputs, tmp_path):
     good = ["--pairs", str(inputs / "pairs.parquet"), "--out", str(tmp_path / "out")]
     cases = {
         "no column weight": ["--pairs", str(tmp_path / "no-weight.parquet"), *good[2:]],
-        "a probability or weight is missing": ["--pairs", str(tmp_path / "no-votes.parquet"), *good[2:]],
+        "a probability or weight of some row is missing": ["--pairs", str(tmp_path / "no-votes.parquet"), *good[2:]],
         "--fold is 9, but the folds in the file are 0, 1, 2, 3, 4": [*good, "--fold", "9"],
-        "too few rows for --batch-size 500": [*good, "--batch-size", "500"],
+        "are too few for --batch-size 500; lower it": [*good, "--batch-size", "500"],
         "--units 0: expected 1 or more": [*good, "--units", "0"],
         "broken.json: not a tokenizer.json": [*good, "--tokenizer", str(tmp_path / "broken.json")],
-        "twice.csv: an id is missing or stands there twice": [*good, "--test", str(tmp_path / "twice.csv")],
+        "twice.csv: a row has no id, or the id of another row": [*good, "--test", str(tmp_path / "twice.csv")],
         "none.csv: no rows": [*good, "--test", str(tmp_path / "none.csv")],
         "lacks.csv: no column response_b": [*good, "--test", str(tmp_path / "lacks.csv")],
     }

@@ -235,7 +235,7 @@ def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Gemma-2-9b", "base_model: Gemma-2-9b is no model's folder"),
+        ("Gemma-2-9b", "base_model: Gemma-2-9b is neither a model's folder"),
         ("google/gemma-2-9b-it", "base_model: google/gemma-2-9b-it cannot be read .*; accept its licence on the hub and"),
     ],
 )

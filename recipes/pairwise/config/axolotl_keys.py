@@ -94,7 +94,14 @@ def axolotl_problems(values: dict) -> list[str]:
             problems += key_problems(key, value, plugins)
 
     # Keys that are right alone may contradict each other.
-    for find_problems in (adapter_problems, head_problems, average_problems, wandb_problems):
+    for find_problems in (
+        adapter_problems,
+        quantised_head_problems,
+        batch_problems,
+        attention_problems,
+        average_problems,
+        wandb_problems,
+    ):
         problems += find_problems(values)
 
     # Two checks may find the same problem. A dict keeps one of each, in their order.
@@ -103,12 +110,14 @@ def axolotl_problems(values: dict) -> list[str]:
 
 def key_problems(key: object, value: object, plugins: object) -> list[str]:
     """Return what is wrong with one key of a recipe, whatever its other keys say."""
-    # A refused key may be turned off, with false or nothing.
+    # A refused key may stand in the recipe if it is turned off, with false or without a value.
+    if key in REFUSED and not value:
+        return []
     if key in REFUSED:
-        return [f"{key}: refused, {REFUSED[key]}"] if value else []
-    # Such a value would be overwritten without a word.
+        return [f"{key}: refused, {REFUSED[key]}"]
+    # The plugin would overwrite the value, and the user would not notice.
     if key in SET_BY_THE_BLOCK:
-        return [f"{key}: refused, {SET_BY_THE_BLOCK[key]} decides that; remove it"]
+        return [f"{key}: refused, it follows from {SET_BY_THE_BLOCK[key]}; remove it"]
 
     known_keys = schema()["properties"]
     if key not in known_keys:
@@ -204,58 +213,41 @@ def types_of(part: Mapping) -> list[str]:
 
 
 def adapter_problems(values: dict) -> Iterator[str]:
-    """Yield where the adapter's keys contradict each other or the `pairwise:` block."""
+    """Yield where the keys about a recipe's adapter contradict each other or the `pairwise:` block.
+
+    An adapter is a pair of small matrices beside each chosen layer of the base model. With one (LoRA, or
+    QLoRA, whose base model is held in 4 bits) only these are trained. Without, every weight is.
+    """
     adapter = values.get("adapter")
     block = block_of(values)
-    is_untrained = block.get("train") is False
 
-    # Without the key `adapter`, Axolotl ignores those of LoRA and trains every weight.
+    # Without the key `adapter`, Axolotl ignores the other keys of LoRA.
     lora_keys = [
         key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED
     ]
     if lora_keys and "adapter" not in values:
         key = lora_keys[0]
-        yield f"adapter: missing beside {key}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
+        yield f"adapter: missing, so {key} has no effect and every weight is trained; set adapter: lora, or remove {key}"
 
-    # Otherwise Axolotl would train on a base in 16 bits.
+    # Axolotl would load the base model in 16 bits.
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
-        yield "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true, or adapter: lora"
-    if adapter and is_untrained:
-        yield "adapter: nothing is trained with pairwise.train: false; remove the key"
-    elif adapter and not values.get("lora_target_modules"):
+        yield "load_in_4bit: adapter: qlora needs a base model in 4 bits; set load_in_4bit: true, or adapter: lora"
+
+    is_trained = block.get("train") is not False
+    if adapter and not is_trained:
+        yield "adapter: with pairwise.train: false nothing is trained, so there is no adapter; remove the key"
+    if adapter and is_trained and not values.get("lora_target_modules"):
         yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
 
-    # A package that keeps base and adapter apart needs a run with an adapter.
+    # "unmerged" keeps the adapter apart from the base model, and "best" tries whether that is better.
     package = block.get("package")
-    keeps_adapter_apart = isinstance(package, dict) and package.get("adapter", "merged") != "merged"
-    if keeps_adapter_apart and adapter not in ("lora", "qlora"):
-        yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
-
-
-def head_problems(values: dict) -> Iterator[str]:
-    """Yield where keys contradict the head, the batches or the attention that the block asks for."""
-    block = block_of(values)
-    yield from quantised_head_problems(values)
-
-    if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
-        yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
-    if block.get("pairs_per_step") and values.get("gradient_accumulation_steps"):
-        yield "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two"
-
-    # Without the soft cap, another model would be trained than the one that is packaged.
-    attention = values.get("attn_implementation")
-    if block.get("softcap") and attention == "sdpa":
-        yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
-    if block.get("padding_free") and attention == "eager":
-        yield "attn_implementation: eager would let the sequences of a padding-free row see each other; remove it"
-    # Only this attention can do both.
-    needs_flash_attention = block.get("padding_free") and block.get("softcap")
-    if needs_flash_attention and attention != "flash_attention_2":
-        yield "pairwise.padding_free: with the soft cap it needs attn_implementation: flash_attention_2; add that"
+    packaged_adapter = package.get("adapter", "merged") if isinstance(package, dict) else "merged"
+    if packaged_adapter != "merged" and adapter not in ("lora", "qlora"):
+        yield f"pairwise.package.adapter: {packaged_adapter} needs a run with adapter: lora or qlora; add that, or remove it"
 
 
 def quantised_head_problems(values: dict) -> Iterator[str]:
-    """Yield that the head would be quantised.
+    """Yield that the head would be quantised together with the base model's layers.
 
     llm_int8_skip_modules lists the modules that bitsandbytes leaves as they are. By default it holds the
     head. A recipe's own list replaces the default, and so must name the head too.
@@ -270,16 +262,47 @@ def quantised_head_problems(values: dict) -> Iterator[str]:
     head = "lm_head" if block_of(values).get("head") == "label_tokens" else "score"
     if head not in skipped_modules:
         key = "bnb_config_kwargs.llm_int8_skip_modules"
-        yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
+        yield f"{key}: this list replaces the default one, so that the head would be quantised; add {head}"
+
+
+def batch_problems(values: dict) -> Iterator[str]:
+    """Yield where one of Axolotl's keys sets what the `pairwise:` block already says about batches."""
+    block = block_of(values)
+    if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
+        yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows share a batch; remove one of the two"
+    if block.get("pairs_per_step") and values.get("gradient_accumulation_steps"):
+        yield "gradient_accumulation_steps: pairwise.pairs_per_step already decides this number; remove one of the two"
+
+
+def attention_problems(values: dict) -> Iterator[str]:
+    """Yield where the recipe's attention cannot do what its `pairwise:` block asks for.
+
+    | attn_implementation | softcap: bounded logits | padding_free: several sequences in one row |
+    |---------------------|-------------------------|--------------------------------------------|
+    | eager               | yes                     | no                                         |
+    | sdpa                | no                      | yes                                        |
+    | flash_attention_2   | yes                     | yes                                        |
+    """
+    block = block_of(values)
+    attention = values.get("attn_implementation")
+
+    # Another model would be trained than the one that is packaged.
+    if block.get("softcap") and attention == "sdpa":
+        yield "attn_implementation: sdpa ignores the soft cap; set eager or flash_attention_2, or pairwise.softcap: false"
+    if block.get("padding_free") and attention == "eager":
+        yield "attn_implementation: with eager, the sequences of a padding-free row would see each other; remove the key"
+    needs_both = block.get("padding_free") and block.get("softcap")
+    if needs_both and attention != "flash_attention_2":
+        yield "pairwise.padding_free: with pairwise.softcap it needs attn_implementation: flash_attention_2; set that"
 
 
 def average_problems(values: dict) -> Iterator[str]:
-    """Yield which keys a moving average of the weights cannot stand beside."""
+    """Yield which keys a moving average of the weights (`pairwise.ema_decay`) cannot be combined with."""
     if not block_of(values).get("ema_decay"):
         return
     for key in ("deepspeed", "fsdp_config"):
         if values.get(key):
-            yield f"pairwise.ema_decay: with {key} a process does not hold the weights that it averages; remove one of the two"
+            yield f"pairwise.ema_decay: with {key} no process holds all weights that are averaged; remove one of the two"
     if values.get("load_best_model_at_end"):
         yield "pairwise.ema_decay: the average would replace the best checkpoint; remove load_best_model_at_end, or ema_decay"
 
@@ -306,10 +329,10 @@ def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: i
 
 
 def wandb_problems(values: dict) -> Iterator[str]:
-    """Yield that keys of wandb stand without the one that turns it on."""
+    """Yield that a recipe sets up wandb, but lacks wandb_project, which turns it on."""
     wandb_keys = [key for key in values if str(key).startswith("wandb_") and key not in REFUSED]
     if wandb_keys and not values.get("wandb_project"):
-        yield f"{wandb_keys[0]}: means nothing without a project; set wandb_project, or remove the key"
+        yield f"{wandb_keys[0]}: has no effect, since wandb_project is missing; add that, or remove the key"
 
 
 def block_of(values: dict) -> dict:

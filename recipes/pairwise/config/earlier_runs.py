@@ -113,19 +113,20 @@ def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun)
     # Without this key Axolotl would not load the adapter, and would train every weight of the base.
     if not cfg.get("adapter"):
         raise UserError(
-            "lora_model_dir: needs adapter: lora or qlora; every weight would be trained"
+            "lora_model_dir: without the key adapter, this adapter is not loaded and every weight is trained; set "
+            "adapter: lora or qlora"
         )
     # An adapter fits only the model that it was trained on, and the head that was trained with it.
     if not is_same_model(cfg["base_model"], earlier.base_model):
         raise UserError(
-            f"lora_model_dir: {earlier.folder} was trained from {earlier.base_model}; make that the base_model"
+            f"lora_model_dir: the adapter in {earlier.folder} was trained on {earlier.base_model}; set base_model to that"
         )
     has_same_head = block.head == earlier.head and block.verdicts == earlier.verdicts
     if not has_same_head:
         verdicts = ", ".join(earlier.verdicts)
         raise UserError(
-            f"lora_model_dir: {earlier.folder} has the head {earlier.head} for {verdicts}; set pairwise.head and "
-            "pairwise.verdicts to that, or merge it and go on from its merged folder"
+            f"lora_model_dir: the adapter in {earlier.folder} has the head {earlier.head} for {verdicts}; set "
+            "pairwise.head and pairwise.verdicts to that, or merge it and make its merged folder the base_model"
         )
 
     check_adapter_settings(cfg, earlier.folder)
@@ -141,18 +142,19 @@ def check_adapter_settings(cfg: Mapping, folder: Path) -> None:
     """
     adapter_settings = read_object(folder / "adapter_config.json")
     for recipe_key, peft_key in ADAPTER_SETTINGS.items():
-        wanted = cfg.get(recipe_key)
-        trained = adapter_settings.get(peft_key)
+        of_recipe = cfg.get(recipe_key)
+        of_adapter = adapter_settings.get(peft_key)
         # A recipe need not repeat a setting.
-        if wanted is None:
+        if of_recipe is None:
             continue
 
         # The order of layers means nothing.
-        if isinstance(trained, list) and isinstance(wanted, list):
-            wanted, trained = sorted(wanted), sorted(trained)
-        if wanted != trained:
+        if isinstance(of_adapter, list) and isinstance(of_recipe, list):
+            of_recipe, of_adapter = sorted(of_recipe), sorted(of_adapter)
+        if of_recipe != of_adapter:
             raise UserError(
-                f"{recipe_key}: {wanted}, but the adapter in {folder} has {trained}, and goes on with it; set that"
+                f"{recipe_key}: the recipe says {of_recipe}, but the adapter in {folder} has {of_adapter}, which does not "
+                "change; set that, or remove the key"
             )
 
 
@@ -183,9 +185,10 @@ def choose_head_start(
     # The head score has an output for each verdict. A model only numbers its outputs: which verdict
     # each stands for is written in the contract of the run that trained it.
     if earlier is None or earlier.head != "score":
-        return HeadStart(outputs, "no contract says that the base model's tells verdicts apart")
+        return HeadStart(outputs, "no contract says which verdicts the base model's head has")
     if earlier.verdicts != block.verdicts:
-        return HeadStart(outputs, f"the base model's tells {', '.join(earlier.verdicts)} apart")
+        verdicts = ", ".join(earlier.verdicts)
+        return HeadStart(outputs, f"the base model's head has the verdicts {verdicts}")
     return HeadStart(outputs, None)
 
 

@@ -250,9 +250,9 @@ def recipe_schema() -> dict:
     # A refused key may stand there with the value false.
     for key, reason in REFUSED.items():
         properties[key] = {"const": False, "description": f"Refused: {reason}."}
-    # A key that the `pairwise:` block decides may not stand there: no value satisfies {"not": {}}.
+    # A key that follows from the `pairwise:` block may not stand there: no value satisfies {"not": {}}.
     for key, setter in SET_BY_THE_BLOCK.items():
-        properties[key] = {"not": {}, "description": f"Refused: {setter} decides that."}
+        properties[key] = {"not": {}, "description": f"Refused: it follows from {setter}."}
 
     # pydantic puts the blocks inside ours under "$defs" and refers to them as "#/$defs/NAME". "#" is
     # the top of the file, so that they have to move there.
@@ -293,7 +293,10 @@ def text_of_properties(properties: dict) -> str:
 
 
 def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
-    """Write a schema to a file, or raise UserError where the file does not hold it."""
+    """Write a schema to a file, or with `check` raise UserError unless the file holds it already.
+
+    The message names `command`, which writes the file.
+    """
     text = text_of(schema)
     if not check:
         with atomic_file(path) as temporary:

@@ -33,8 +33,8 @@ def read_config(base_model: str, revision: str | None):
     may_be_on_hub = could_be_repository and not folder.exists()
     if not is_model_folder and not may_be_on_hub:
         raise UserError(
-            f"base_model: {base_model} is no model's folder (no config.json there), and no repository of the hub is named so "
-            "(OWNER/NAME)"
+            f"base_model: {base_model} is neither a model's folder (no config.json there) nor a name on the hub (OWNER/NAME); "
+            "correct it"
         )
     try:
         return AutoConfig.from_pretrained(base_model, revision=revision)
@@ -53,8 +53,8 @@ def warn_of_home_path(base_model: str) -> None:
     path = Path(base_model).expanduser()
     if path.is_absolute() and path.is_relative_to(Path.home()):
         print(
-            f"warning: base_model: {base_model} stands below your home folder, and push refuses a package that says so; name "
-            "it relative to the current folder, or by its repository",
+            f"warning: base_model: {base_model} is a path in your home folder; contract.json will hold it, and push refuses "
+            "to publish it; name the model relative to the current folder, or by its repository",
             file=sys.stderr,
             flush=True,
         )
@@ -71,7 +71,8 @@ def check_config(config, block: PairwiseBlock, overrides: Mapping[str, object]) 
     """Check that a base model has what a recipe asks of it; `overrides` is the recipe's model_config.
 
     Raises:
-        UserError: It has too few positions, no such setting, or no soft cap.
+        UserError: The model has fewer positions than the recipe has tokens, no setting of an override's
+            name, or no soft cap that could be kept.
     """
     # A model that also reads images keeps the settings of its language model apart.
     text_config = config.get_text_config()

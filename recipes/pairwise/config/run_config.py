@@ -58,7 +58,11 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 
 
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """Check the keys of a run that is to train."""
+    """Check a run's keys, and return its `pairwise:` block with what the environment changes in it.
+
+    Raises:
+        UserError: A key is wrong, or the recipe trains nothing. One message names all problems.
+    """
     problems = list_key_problems(cfg, recipe)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
@@ -66,7 +70,7 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     block = apply_environment(PairwiseBlock.model_validate(dict(cfg["pairwise"])))
     if not block.train:
         raise UserError(
-            f"{recipe}: pairwise.train is false, there is nothing to train; package the base model with "
+            f"{recipe}: pairwise.train is false, so there is nothing to train; package the base model with "
             f"python -m postprocess {recipe}"
         )
     return block
@@ -116,8 +120,8 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
     lacks_token_layer = is_classifier and not model_config.tie_word_embeddings
     if block.head == "label_tokens" and lacks_token_layer:
         raise UserError(
-            f"base_model: {cfg['base_model']} is a classifier ({model_config.architectures[0]}) without answer tokens; "
-            "set pairwise.head to score or reward"
+            f"base_model: {cfg['base_model']} is a classifier ({model_config.architectures[0]}), which cannot predict the "
+            "answer tokens of head: label_tokens; set pairwise.head to score or reward"
         )
     return model
 
@@ -179,7 +183,9 @@ def add_head_modules(cfg: dict, model) -> None:
 
 
 def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
-    """Set the micro-batches of a step from its pairs, for as many processes as train.
+    """Set gradient_accumulation_steps so that a step has pairs_per_step pairs, for any number of processes.
+
+    For 64 pairs a step, micro-batches of 2 pairs on 8 processes make it 64 / (2 * 8) = 4.
 
     Raises:
         UserError: The processes cannot share the pairs evenly, or the command line says otherwise.
@@ -196,11 +202,10 @@ def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
     steps = count_accumulation_steps(
         block.pairs_per_step, cfg.get("micro_batch_size") or 1, processes
     )
-    steps_of_cfg = cfg.get("gradient_accumulation_steps")
-    contradicts = steps_of_cfg is not None and steps_of_cfg != steps
-    if contradicts:
+    given_steps = cfg.get("gradient_accumulation_steps")
+    if given_steps not in (None, steps):
         raise UserError(
-            f"gradient_accumulation_steps: {steps_of_cfg}, but pairwise.pairs_per_step makes it "
+            f"gradient_accumulation_steps: {given_steps}, but pairwise.pairs_per_step makes it "
             f"{steps}; remove one of the two"
         )
     cfg["gradient_accumulation_steps"] = steps

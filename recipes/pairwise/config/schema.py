@@ -221,7 +221,7 @@ class PairwiseBlock(_Strict):
             )
         if self.distill and not self.train:
             raise ValueError(
-                "distill: with train: false there is no student; remove one of the two"
+                "distill: with train: false nothing is trained, so no student learns from teachers; remove one of the two"
             )
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError(
@@ -236,15 +236,19 @@ class PairwiseBlock(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _an_encoder_is_asked_what_it_can_do(self):
-        is_encoder = self.template == "bert"
-        if is_encoder and self.package.quantize in GPTQ_BITS:
+    def _an_encoder_has_no_gptq_and_no_answer(self):
+        # Of the templates that have a name, only this one is for encoders.
+        if self.template != "bert":
+            return self
+        if self.package.quantize in GPTQ_BITS:
             raise ValueError(
-                f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none"
+                f"package.quantize: {self.package.quantize} is for decoders, but the template bert is for encoders; set "
+                "int8 or none"
             )
-        if is_encoder and self.head == "label_tokens":
+        if self.head == "label_tokens":
             raise ValueError(
-                "template: bert has no answer to predict; label_tokens needs the template of a chat model"
+                "template: bert is for encoders, which predict no next token, so that label_tokens finds no answer; name "
+                "the template of a chat model, or set head: score"
             )
         return self
 
@@ -266,7 +270,11 @@ class Recipe:
 
 
 def read_recipe(path: Path | str) -> Recipe:
-    """Read and check a recipe; every problem found is in one UserError. PAIRWISE_FOLD and PAIRWISE_PAIRS apply."""
+    """Read and check a recipe. PAIRWISE_FOLD and PAIRWISE_PAIRS of the environment replace its fold and pairs.
+
+    Raises:
+        UserError: The file is missing or wrong. One message names all of its problems.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such recipe")
@@ -370,10 +378,13 @@ def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
 
 
 def read_environment() -> dict[str, object]:
-    """Read which keys of the `pairwise` block the environment changes: PAIRWISE_FOLD and PAIRWISE_PAIRS.
+    """Read which keys of the `pairwise` block the environment changes, and to which values.
+
+    PAIRWISE_FOLD=2 changes `fold`, PAIRWISE_PAIRS=FILE changes `pairs`. One training can so run on each
+    fold without a recipe for each.
 
     Raises:
-        UserError: PAIRWISE_FOLD is neither.
+        UserError: PAIRWISE_FOLD is neither a number nor all.
     """
     changes: dict[str, object] = {}
     fold = os.environ.get("PAIRWISE_FOLD")

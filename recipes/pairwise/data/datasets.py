@@ -292,7 +292,10 @@ def _write_cache(folder: Path, block: PairwiseBlock, tokenizer, contract: Contra
 def _tokenise_longest_first(
     validation: pl.DataFrame, tokenizer, contract: Contract, folder: Path
 ) -> None:
-    """Tokenise the validation rows into a folder, the longest first: what does not fit into memory fails at once."""
+    """Tokenise the validation rows into a folder, the longest first.
+
+    If the longest rows do not fit into memory, the evaluation then fails in its first batch, and not in its last.
+    """
     unsorted_file = folder / "validation.arrow"
     rows = tokenise(validation, tokenizer, contract, unsorted_file)
 
@@ -305,13 +308,16 @@ def _tokenise_longest_first(
 
 
 def _cache_name(block: PairwiseBlock, tokenizer, contract: Contract) -> str:
-    """Name the folder of tokenised rows by a hash of all that decides what they are."""
+    """Name the folder of a run's tokenised rows by a hash of everything that they follow from.
+
+    A run that would tokenise the same rows in the same way gets the same name, and finds them there.
+    """
     # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):
         del settings[name]
 
-    # Two tokenizers may have the same name and differ. So the whole tokenizer is hashed.
+    # Tokenizers of one name may differ, so that the whole tokenizer is hashed.
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
 

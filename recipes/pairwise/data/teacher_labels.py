@@ -92,28 +92,33 @@ def read_labels(
 
 
 def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
-    """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now."""
+    """Check that the labels in a teacher's folder suit a student, by its pairs file and verdicts.
+
+    `record` is the teacher's labels.json: it says from which pairs file and which runs the labels were made.
+    """
     file = folder / LABELS
     remedy = f"run pairwise labels {folder.name} again"
 
     # Ids of another file may name other pairs, or its folds may be cut in another way.
     if record["pairs_sha256"] != sha256(pairs_file):
         raise UserError(
-            f"{file}: labels of another pairs file than {pairs_file} as it is now; train teacher and student on "
-            f"one file, and {remedy}"
+            f"{file}: these labels were made from another pairs file than {pairs_file} as it is now; train teacher and "
+            f"student on one file, and {remedy}"
         )
 
     if set(record["verdicts"]) != set(verdicts):
         raise UserError(
             f"{file}: the teacher's verdicts are {', '.join(record['verdicts'])}, the student's "
-            f"{', '.join(verdicts)}; they must be the same"
+            f"{', '.join(verdicts)}; set pairwise.verdicts to the same in both recipes"
         )
 
     # A run that is trained again gets a new contract.json.
     for run, run_record in record["runs"].items():
         contract = folder / run / "contract.json"
         if not contract.is_file() or sha256(contract) != run_record["contract_sha256"]:
-            raise UserError(f"{file}: older than the training of {folder / run}; {remedy}")
+            raise UserError(
+                f"{file}: the run {folder / run} was trained again, or removed, after these labels were made; {remedy}"
+            )
 
 
 def check_each_row_has_label(labels: pl.DataFrame, folder: Path) -> None:

@@ -77,8 +77,8 @@ class TokenBudgetBatches(BatchSampler):
         self.most_tokens = self.count_tokens_of_worst_epoch()
         if self.most_tokens > budget:
             raise UserError(
-                f"pairwise.tokens_per_micro_batch: {budget:,}, but {shape.turns} micro-batches of a "
-                f"step hold {shape.pairs_of_process} pairs with up to {self.most_tokens:,} tokens; "
+                f"pairwise.tokens_per_micro_batch: {budget:,}, but {shape.pairs_of_process} pairs in "
+                f"{shape.turns} micro-batches a step need up to {self.most_tokens:,} tokens in one; "
                 "raise it, or lower micro_batch_size and raise gradient_accumulation_steps"
             )
 

@@ -115,11 +115,11 @@ def derive_graph(target: str) -> Graph:
 
 
 def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
-    """Describe what the graph needs to know of a recipe's run."""
+    """Describe what the graph needs to know of a recipe's run; Run explains the two arguments beside the recipe."""
     block = recipe.pairwise
 
-    # What a training depends on: keys of the recipe, but for those that change no weight, and the code that
-    # makes the token ids.
+    # A training depends on the keys of the recipe, but for those that change no weight, and on the code
+    # that makes the token ids.
     training_keys = block.model_dump(mode="json", exclude={"package", "hardware"})
     training = [recipe.axolotl, training_keys, sha256(model_input.__file__)]
 
@@ -164,10 +164,13 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
         name = names_to_visit.pop()
         # A recipe of the current folder comes before the project's own of that name.
         path = Path("recipes") / f"{name}.yml"
-        recipe = read_recipe(path if path.is_file() else find_recipe(name))
+        if not path.is_file():
+            path = find_recipe(name)
+        recipe = read_recipe(path)
+
+        # Several recipes may need the same run. Two runs may also need each other, by mistake: the loop
+        # ends all the same, and Snakemake names them in its error.
         run_name = recipe.path.stem
-        # Several recipes may need the same run. Runs that need each other end here too: Snakemake, which
-        # gets their edges, names them in its error.
         if run_name in recipes:
             continue
 
@@ -175,7 +178,7 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
         expected_folder = Path("outputs") / run_name
         if recipe.run_folder != expected_folder:
             raise UserError(
-                f"{recipe.path}: it writes to {recipe.run_folder}, but the graph looks for its run in {expected_folder}; "
+                f"{recipe.path}: its run goes to {recipe.run_folder}, but pairwise make looks for it in {expected_folder}; "
                 "remove output_dir, and unset PAIRWISE_FOLD"
             )
 
@@ -230,7 +233,7 @@ def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
     for path in Path("recipes").glob("*.yml"):
         merged_bases.add(base_run_of(read_yaml(path)))
 
-    # None is in it: most recipes start from a model that is no run of this project.
+    # Most recipes start from a model that no run here made, for which base_run_of gives None.
     return merged_bases - {None}
 
 

@@ -62,18 +62,21 @@ class Step:
 def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
     """Bring R, a recipe or a spec, up to date with everything that it is made from.
 
-    A teacher's folds and labels are made where a student needs them; packages, kernel and rehearsal
-    where a spec has R's name. recipes/profiles/slurm is a profile.
+    A student's teachers are trained first, and label its rows. Where there is a spec of R's name, its
+    packages and kernel are made too, and the kernel is rehearsed. recipes/profiles/slurm is a profile.
     """
     name = Path(target).stem
     graph = derive_graph(target)
-    test_rows = settings["test"] if Path(settings["test"]).is_file() else None
-    if graph.kernels and test_rows is None:
-        missing_file = settings["test"]
-        click.echo(f"no rehearsal: {missing_file} does not exist; see --test", err=True)
+    test_rows = settings["test"]
+    if not Path(test_rows).is_file():
+        if graph.kernels:
+            click.echo(
+                f"no rehearsal: {test_rows} does not exist; name another file with --test", err=True
+            )
+        test_rows = None
 
     targets = list_targets(name, graph, test_rows)
-    # Elsewhere folds are trained only where a teacher or a mean needs them.
+    # Without --cv, a fold is trained only if a teacher or a mean of folds needs it.
     if cv:
         targets.append(f"outputs/{name}/oof.parquet")
 
@@ -87,7 +90,10 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
 
 
 def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
-    """List the files that are up to date when a recipe or a spec is."""
+    """List the files that Snakemake is to make of a recipe or a spec; it finds by itself what they need.
+
+    `test_rows` is the file on which a kernel is rehearsed; None for no rehearsal.
+    """
     targets = []
     if name in graph.kernels:
         targets.append(f"outputs/kernels/{name}/kernel.py")

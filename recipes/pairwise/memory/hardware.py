@@ -35,32 +35,38 @@ NOT_COMPUTED = ("fsdp", "fsdp_config", "load_in_8bit", "lora_modules_to_save")
 
 
 def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
-    """Check that a recipe fits the GPUs that it names.
+    """Check that a training fits into the memory of the GPUs that its recipe names, in `pairwise.hardware`.
+
+    Returns:
+        The arithmetic in words: what each GPU holds and can use, and the smallest GPUs that would do.
 
     Raises:
-        UserError: It does not fit, or cannot be computed.
+        UserError: It does not fit, the GPUs cannot share out the pairs of a step evenly, or the memory
+            cannot be computed.
     """
     hardware = recipe.pairwise.hardware
     if recipe.pairwise.pairs_per_step:
+        # The number is not needed here, only the error where there is none.
         micro_batch_size = recipe.axolotl.get("micro_batch_size") or 1
         count_accumulation_steps(recipe.pairwise.pairs_per_step, micro_batch_size, hardware.gpus)
 
     step = describe_step(recipe, deepspeed, hardware.gpus)
     memory = count_step_memory(step)
+    most_bytes = usable_bytes(hardware)
     least = find_least_hardware(recipe, deepspeed)
-    least_words = name_gpus(least) if least else "more than common GPUs have"
+    least_hardware = name_gpus(least) if least else "more than common GPUs have"
     arithmetic = (
-        f"{name_gpus(hardware)}: each holds {memory.describe()}, and can use {usable_bytes(hardware) / GIB:.1f}; "
-        f"the least is {least_words}"
+        f"{name_gpus(hardware)}: each holds {memory.describe()}, and can use {most_bytes / GIB:.1f}; "
+        f"the least is {least_hardware}"
     )
-    if memory.total > usable_bytes(hardware):
+    if memory.total > most_bytes:
         raise UserError(
             f"pairwise.hardware: {arithmetic}; lower micro_batch_size, or set gradient_checkpointing: true"
         )
 
-    # Checkpointing computes every layer twice. It is worth saying where memory does not ask for it.
+    # Checkpointing computes every layer twice. If the training fits without it, the user may turn it off.
     memory_without = count_step_memory(replace(step, is_checkpointed=False))
-    if step.is_checkpointed and memory_without.total <= usable_bytes(hardware):
+    if step.is_checkpointed and memory_without.total <= most_bytes:
         arithmetic += (
             f"; gradient_checkpointing: false fits too ({memory_without.total / GIB:.1f} GiB), and saves the second "
             "forward pass"

@@ -36,7 +36,8 @@ def measure(config: PretrainedConfig) -> BaseModel:
     Raises:
         UserError: Transformers has no classifier for it, or it cannot be run without weights.
     """
-    # As the kernel loads it: float16, no cache, and no soft cap unless the recipe asks for it.
+    # As the kernel on Kaggle loads the model: in float16, without a cache of keys and values. The soft cap
+    # comes last, as only some recipes ask for it.
     config = copy.deepcopy(config)
     config.dtype = torch.float16
     config.use_cache = False

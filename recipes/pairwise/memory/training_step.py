@@ -143,27 +143,31 @@ def count_trained_weights(step: TrainingStep) -> int:
 
 
 def count_weight_bytes(step: TrainingStep) -> int:
-    """Count the bytes of all weights on a GPU, the adapter's included."""
-    size = count_undivided_bytes(step)
+    """Count the bytes of weights that each GPU holds at most, the adapter's included."""
+    all_bytes = count_undivided_bytes(step)
     if step.zero_stage != 3:
-        return size
+        return all_bytes
 
-    # Under ZeRO-3 each GPU holds its part, in its own memory or in that of the machine.
-    held = size // step.gpus
+    # ZeRO-3 divides the weights among the GPUs. Each keeps its part in its own memory, or in that of the
+    # machine.
+    part_bytes = all_bytes // step.gpus
     if step.zero.offloads_weights:
-        held = 0
+        part_bytes = 0
 
-    # What a layer computes with is gathered from all GPUs: up to DeepSpeed's limit of parameters, and
-    # one tensor more, which reaches over it.
+    # To compute a layer, a GPU gathers its weights from all GPUs. It holds gathered weights up to
+    # DeepSpeed's limit, which the last tensor may exceed.
     weights = list_weights(step)
     elements = sum(weight.elements for weight in weights)
     largest = max(weight.elements for weight in weights)
-    gathered = BFLOAT16_BYTES * min(elements, step.zero.live_parameters + largest)
-    return min(size, held + gathered)
+    gathered_bytes = BFLOAT16_BYTES * min(elements, step.zero.live_parameters + largest)
+    return min(all_bytes, part_bytes + gathered_bytes)
 
 
 def count_undivided_bytes(step: TrainingStep) -> int:
-    """Count the bytes of all weights where a GPU holds the whole model, as without ZeRO-3."""
+    """Count the bytes of all weights, the adapter's included, on a GPU that holds the whole model.
+
+    That is any GPU but with ZeRO-3, which divides the weights.
+    """
     weights = list_weights(step)
     elements_of_model = sum(weight.elements for weight in weights)
     elements_by_layer = [weight.elements for weight in weights if weight.kind == "linear"]
@@ -195,24 +199,24 @@ def count_activation_bytes(step: TrainingStep) -> int:
     last_number = LAYER_NUMBER.search(layer[0].name)[1]
     layer_count = int(last_number) + 1
 
-    # What a layer hands on to the next one, for each token. It is float32 where all weights are: in a
-    # full fine-tune without DeepSpeed, which holds weights in 16 bits.
+    # All sizes that follow are bytes for each token. The first is what a layer hands on to the next one.
+    # It is in float32 only if all weights are: in a full fine-tune without DeepSpeed.
     has_16_bit_weights = step.zero is not None or step.lora_rank > 0
     number_bytes = BFLOAT16_BYTES if has_16_bit_weights else FLOAT32_BYTES
-    handed_on = number_bytes * find_width(step.base)
+    layer_output = number_bytes * find_width(step.base)
 
-    # With checkpointing, only the input of each layer is kept. In the backward pass a layer is computed
-    # anew, so that what it keeps is there for one layer at a time.
-    kept_of_layer = count_kept_bytes(step, layer)
+    # With checkpointing, only the input of each layer is kept, which is the output of the one before. In
+    # the backward pass a layer is computed anew, so that what it keeps is there for one layer at a time.
+    kept_by_layer = count_kept_bytes(step, layer)
     if step.is_checkpointed:
-        kept = layer_count * handed_on + kept_of_layer
+        kept = layer_count * layer_output + kept_by_layer
     else:
-        kept = layer_count * kept_of_layer
+        kept = layer_count * kept_by_layer
 
     # The worst moment is when the backward pass enters a layer, and with it the MLP. Beside what is
     # kept, there are the gradient of the layer's output, and three that are as wide as the MLP.
     mlp_width = find_mlp_output(layer).shape[1]
-    gradients = handed_on + 3 * BFLOAT16_BYTES * mlp_width
+    gradients = layer_output + 3 * BFLOAT16_BYTES * mlp_width
     return step.tokens * (kept + gradients)
 
 
@@ -239,25 +243,28 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
 
 
 def count_kept_inputs(step: TrainingStep, layer: list[Weight]) -> int:
-    """Count the bytes of the inputs that a layer keeps because weights are trained on them, for each token."""
-    # In a full fine-tune each linear layer keeps its input: that of queries, keys and values, that of
-    # the MLP, both as wide as the stream, and what goes into the MLP's output. Attention's result is
-    # counted already.
+    """Count the bytes of inputs that a layer of the model keeps, for each token.
+
+    The gradient of a trained weight is computed from what went into it, which is kept until then.
+    """
+    # In a full fine-tune, three inputs are kept: that of queries, keys and values, and that of the MLP,
+    # both as wide as the stream, and what goes into the MLP's output. Attention's result, a fourth, is
+    # counted by count_kept_bytes.
     if not step.lora_rank:
         numbers = 2 * find_width(step.base) + find_mlp_output(layer).shape[1]
         return BFLOAT16_BYTES * numbers
 
-    # An adapter keeps its input and its inner values in 16 bits; with dropout, a byte for each input
-    # says whether it was dropped.
-    size = 0
+    kept_bytes = 0
     for weight in layer:
         if not is_adapted(weight, step):
             continue
+        # An adapter keeps its input and the result of its first matrix, in 16 bits.
         inputs = weight.shape[1]
-        size += BFLOAT16_BYTES * (inputs + step.lora_rank)
+        kept_bytes += BFLOAT16_BYTES * (inputs + step.lora_rank)
+        # For each input, dropout keeps a byte that says whether it was dropped.
         if step.has_lora_dropout:
-            size += inputs
-    return size
+            kept_bytes += inputs
+    return kept_bytes
 
 
 def list_last_layer(base: BaseModel) -> list[Weight]:

@@ -180,7 +180,7 @@ def predictions(
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
-    """Keep the finite numbers of the trainer's log for history.json, of each record that has a step."""
+    """Make the records of history.json from those of the trainer's log that have a step: their finite numbers."""
     records = []
     for record in log:
         if "step" not in record:

@@ -28,10 +28,16 @@ HEADER = """\
 
 
 def resolve_recipe(cfg: dict, recipe: Path) -> dict:
-    """Give the keys of a recipe's file, in its order, the values that they have in this run.
+    """Return a recipe's keys with the values that they have in this run.
+
+    The command line, a sweep, and PAIRWISE_FOLD and PAIRWISE_PAIRS may have changed some of the file's.
+
+    Args:
+        cfg: Axolotl's configuration, which has the changes but those of the two variables.
+        recipe: The recipe's file.
 
     Returns:
-        The keys, with what PAIRWISE_FOLD and PAIRWISE_PAIRS change, and the run folder as output_dir.
+        The keys, in the order of the file, with the run folder as output_dir.
 
     Raises:
         UserError: All trials of a sweep would write to one folder, or PAIRWISE_FOLD is no fold.

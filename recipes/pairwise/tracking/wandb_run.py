@@ -32,11 +32,14 @@ FINISH_SECONDS = 600  # wandb's own default is to wait for the network for ever
 
 
 def check(cfg: dict) -> None:
-    """Raise UserError where wandb would ask who logs in.
+    """Check before the model is loaded that a run which Weights & Biases is to track can log in there.
 
-    Nobody answers a training, and wandb asks only once the model is loaded.
+    Otherwise wandb would ask for a key during the training, when nobody is there to answer.
+
+    Raises:
+        UserError: Nobody is logged in, or the recipe names no project.
     """
-    # As Axolotl does it later: wandb reads its settings from the environment.
+    # wandb reads its settings from the environment. Axolotl copies the recipe's there, but later.
     setup_wandb_env_vars(cfg)
     project = cfg.get("wandb_project")
     if cfg.get("use_wandb") and not project:
@@ -69,9 +72,8 @@ def is_ready() -> bool:
             host=settings.base_url, source="train", prompt=False, update_session=False
         )
     except ValidationError as error:
-        # wandb reads its settings from the environment, by pydantic. Of each wrong one, pydantic has a
-        # dictionary: `loc` is the path to it, such as ("mode",), and `msg` what is wrong. The first one
-        # is told.
+        # wandb checks its settings with pydantic, which describes each wrong one by a dictionary: `loc` is
+        # the path to it, such as ("mode",), and `msg` what is wrong. The first one is reported.
         problem = error.errors()[0]
         setting = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"wandb: {setting}: {problem['msg']}") from None
@@ -181,7 +183,10 @@ def make_harmless(trainer) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Log what the finished run folder says, and end the run; an error of wandb costs only that."""
+    """Send wandb the contract and the metrics of a finished run folder, and end the tracking.
+
+    The run itself is complete by then, so that an error of wandb is logged and not raised.
+    """
     if wandb.run is None or wandb.run.disabled:
         return
 

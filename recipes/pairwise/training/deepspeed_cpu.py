@@ -18,20 +18,20 @@ def deepspeed_on_cpu(deepspeed: object) -> bool:
 
 
 def start_group() -> None:
-    """Make PyTorch's group of training processes before Axolotl does, which would ask for GPUs."""
-    # With this, accelerate trains with DDP whatever the recipe says.
+    """Make PyTorch's group of training processes, over gloo, before Axolotl makes one that needs GPUs."""
+    # With this variable, accelerate would train with DDP whatever the recipe says.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ["DS_ACCELERATOR"] = "cpu"
 
-    is_initialized = torch.distributed.is_initialized()
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if not is_initialized and is_alone:
-        # A launcher would have set these; DeepSpeed reads them.
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    elif not is_initialized:
-        torch.distributed.init_process_group("gloo")
+    if not torch.distributed.is_initialized():
+        is_single_process = os.environ.get("WORLD_SIZE", "1") == "1"
+        if is_single_process:
+            # DeepSpeed reads these variables. A launcher would have set them.
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        else:
+            torch.distributed.init_process_group("gloo")
     tell_accelerate()
 
 

@@ -31,7 +31,7 @@ MOST_SPREAD = 0.1
 def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
     """Give a classifier the head that the run starts with, and log which one it is.
 
-    It was loaded with as many outputs as the base model's head has; the run's head has `outputs`.
+    It was loaded with the base model's head, if that has one. `outputs` is how many the run's head has.
 
     Raises:
         UserError: The head that is to be kept holds no finite numbers, or only zeros.
@@ -43,8 +43,7 @@ def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
         LOG.info("head %s: goes on from the base model's", name)
         return
 
-    # transformers has made a new head already where the base model has none.
-    LOG.info("head %s: new, for %s", name, start.reason_for_new)
+    LOG.info("head %s: new, because %s", name, start.reason_for_new)
     base_model_has_head = start.checkpoint_outputs is not None
     if base_model_has_head:
         replace_output_layer(model, outputs)

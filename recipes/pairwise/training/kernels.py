@@ -29,26 +29,29 @@ def turn_on_liger(cfg: dict) -> None:
 
 
 def choose_lora_kernels(cfg: dict, model_type: str) -> None:
-    """Turn each kernel on where the run can use it and the recipe does not turn it off."""
-    reason = find_obstacle(cfg, model_type)
-    if reason is not None and cfg.get("adapter"):
-        LOG.info("LoRA kernels: off, %s", reason)
+    """Turn on Axolotl's kernels for LoRA, but for those that the run cannot use or the recipe turns off.
+
+    A kernel is code for the GPU that computes several layers with their adapters at once, which is faster.
+    """
+    obstacle = find_obstacle(cfg, model_type)
+    if obstacle is not None and cfg.get("adapter"):
+        LOG.info("LoRA kernels: off, %s", obstacle)
 
     # A kernel is for all layers of its kind, e.g. the three of an MLP: the adapter must be on each.
-    targets = cfg.get("lora_target_modules") or ()
+    adapted_layers = cfg.get("lora_target_modules") or ()
     for kernel, layers in LAYERS_OF_KERNELS.items():
-        is_possible = reason is None and set(layers).issubset(targets)
+        is_possible = obstacle is None and set(layers).issubset(adapted_layers)
         is_turned_off = cfg.get(kernel) is False
         cfg[kernel] = is_possible and not is_turned_off
 
-    # No recipe adapts embeddings. Axolotl turns on by itself what is not set.
+    # No recipe adapts embeddings. Without this, Axolotl would turn their kernel on.
     cfg["lora_embedding_kernel"] = False
-    if reason is None:
+    if obstacle is None:
         let_classifiers_pass()
 
 
 def find_obstacle(cfg: dict, model_type: str) -> str | None:
-    """Find why no kernel can be used; None where nothing stands in the way."""
+    """Return why a run can use none of Axolotl's kernels for LoRA; None where it can use them."""
     if not cfg.get("adapter"):
         return "there is no adapter"
     if not torch.cuda.is_available():

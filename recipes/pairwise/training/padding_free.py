@@ -28,10 +28,10 @@ ENCODERS = ("bert", "modernbert")  # by model_type; a decoder's classifier has a
 
 
 def use_padding_free(model: nn.Module) -> None:
-    """Have a model take padding-free batches.
+    """Change a loaded model so that it takes padding-free batches: rows of several sequences, end to end.
 
-    Its attention is replaced, unless it is flash-attention, which takes such batches as it is; a classifier's
-    forward is replaced too.
+    Attention is replaced by one that stays within each sequence; flash-attention does so by itself. A
+    classifier's forward is replaced by one that classifies each sequence, not the row.
 
     Raises:
         UserError: The model computes attention by itself, or its head is not known here.
@@ -46,7 +46,7 @@ def use_padding_free(model: nn.Module) -> None:
     is_flash_attention = config._attn_implementation == FLASH_ATTENTION
     if not is_flash_attention and not inner_model._supports_sdpa:
         raise UserError(
-            f"pairwise.padding_free: {class_name} computes attention by itself; remove the key"
+            f"pairwise.padding_free: {class_name} computes attention by itself, so that it cannot be replaced; remove the key"
         )
     if not is_flash_attention:
         AttentionInterface.register(ATTENTION, attend_within_sequences)
@@ -59,7 +59,7 @@ def use_padding_free(model: nn.Module) -> None:
     has_known_head = hasattr(inner_model, "score") or config.model_type in ENCODERS
     if not has_known_head:
         raise UserError(
-            f"pairwise.padding_free: the head of {class_name} is not known here; remove the key"
+            f"pairwise.padding_free: which token the head of {class_name} reads is not known here; remove the key"
         )
     inner_model.forward = functools.partial(classify, inner_model)
 

@@ -68,7 +68,7 @@ def test_a_large_model_gets_lora_on_its_own_layers(tiny_models, tmp_path, monkey
     ("arguments", "message"),
     [
         (["Some-Name", "--base", "x/y"], "Some-Name: expected lower-case letters and digits"),
-        (["some_name", "--base", "./absent"], "base_model: ./absent is no model's folder"),
+        (["some_name", "--base", "./absent"], "base_model: ./absent is neither a model's folder"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch):

@@ -241,7 +241,7 @@ def test_pairs_are_seen_in_both_orders_through_the_runs_own_code(made, opened):
 @pytest.mark.parametrize(
     ("kind", "options", "line"),
     [
-        ("bert", {}, "gptq8 is for decoders; an encoder takes int8, or none"),
+        ("bert", {}, "gptq8 is for decoders, but the template bert is for encoders; set int8 or none"),
         ("gemma2", {"training_rows": 30}, "GPTQ takes groups of 128 inputs and 32 outputs, model.layers.0."),
     ],
 )

@@ -76,7 +76,9 @@ def test_long_and_short_rows_are_mixed_in_every_step():
 
 def test_a_budget_that_the_longest_rows_exceed_is_refused():
     shape = StepShape(mean_pairs=2, turns=1, processes=1, sequences_per_pair=2)
-    with pytest.raises(UserError, match="tokens_per_micro_batch: 4,096, but 1 .* hold 2 pairs with up to 8,192 tokens; raise"):
+    with pytest.raises(
+        UserError, match="tokens_per_micro_batch: 4,096, but 2 pairs in 1 .* need up to 8,192 tokens in one; raise"
+    ):
         TokenBudgetBatches(draw_lengths(3000), shape, 4096, seed=1)
 
 

@@ -95,7 +95,7 @@ def test_label_tokens_with_an_adapter_are_read_at_the_end_of_each_sequence(tiny_
 
 def test_a_model_that_computes_attention_by_itself_is_refused(tiny_models):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_models("deberta-v2"), num_labels=2)
-    with pytest.raises(UserError, match="DebertaV2ForSequenceClassification computes attention by itself; remove the key"):
+    with pytest.raises(UserError, match="DebertaV2ForSequenceClassification computes attention by itself.*; remove the key"):
         padding_free.use_padding_free(model)
 
 

@@ -36,7 +36,7 @@ def test_a_trained_head_is_kept_or_replaced_by_one_of_the_runs_size(kind, tiny_m
     start_head(model, HeadStart(1, "no contract says so"), outputs=2)
     new_weight = getattr(model, name).weight
     assert new_weight.shape == (2, 64) and 0.01 < new_weight.std().item() < 0.03
-    assert f"head {name}: new, for no contract says so" in caplog.text
+    assert f"head {name}: new, because no contract says so" in caplog.text
     assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.shape == (1, 2)
     assert model.config.num_labels == 2
 
