@@ -137,7 +137,7 @@ def read_metrics(metrics_file: Path) -> dict:
     for name in METRICS:
         if not is_number(metrics.get(name)):
             raise UserError(
-                f"{metrics_file}: no number {name}; it is not axolotl train's, "
+                f"{metrics_file}: holds no number {name}, so axolotl train did not write it; "
                 "train this trial again"
             )
     return metrics

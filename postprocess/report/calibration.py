@@ -74,10 +74,7 @@ def measure_calibration(scored: ScoredRows) -> Calibration | None:
 
 
 def fill_bins(scored: ScoredRows, lowest_confidence: float) -> list[Bin]:
-    """Sort the rows that have a winner into bins of equal width, from the lowest confidence to 1.
-
-    The confidence of a row is the probability of the model's verdict.
-    """
+    """Sort the rows that have a winner into bins of equal width, by the probability of the model's verdict."""
     # A confidence of exactly 1 belongs to the last bin.
     confidence_r = scored.mean_rv.max(axis=1)
     share_of_range_r = (confidence_r - lowest_confidence) / (1 - lowest_confidence)

@@ -53,10 +53,7 @@ class LearningChart:
 
 
 def make_learning_charts(run: RunData) -> list[LearningChart]:
-    """Make the charts of loss, accuracy and learning rate over the steps of the training.
-
-    Each fold has its own curves. A chart without any curve is left out.
-    """
+    """Make the charts of loss, accuracy and learning rate by step; one without any curve is left out."""
     loss = []
     accuracy = []
     learning_rate = []

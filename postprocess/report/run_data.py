@@ -176,7 +176,7 @@ def find_fold_folders(folder: Path) -> list[Path]:
     fold_folders = sorted(folder.glob("fold-*"), key=lambda path: (len(path.name), path.name))
     if not fold_folders:
         raise UserError(
-            f"{folder}: no fold-0 beside {OUT_OF_FOLD}; train with make cv R={folder.name}"
+            f"{folder}: holds no fold-0 beside {OUT_OF_FOLD}; train all folds with make cv R={folder.name}"
         )
     return fold_folders
 

@@ -184,13 +184,19 @@ def check_same_tensors(adapters: Sequence[Tensors]) -> None:
     """Raise UserError unless all adapters hold the same tensors, in the same shapes."""
     first = adapters[0]
     for adapter in adapters[1:]:
-        names_in_one_of_both = set(first.names()) ^ set(adapter.names())
-        for name in sorted(names_in_one_of_both):
-            raise UserError(f"{adapter.path}: {name} is in it or in {first.path}, not in both")
+        names_in_one_only = set(first.names()) ^ set(adapter.names())
+        if names_in_one_only:
+            raise UserError(
+                f"{adapter.path}: {min(names_in_one_only)} is only in this adapter or only in {first.path}; "
+                "average only adapters that were trained with one recipe"
+            )
 
         for name in first.names():
             if adapter.shape(name) != first.shape(name):
-                raise UserError(f"{adapter.path}: {name} has another shape than in {first.path}")
+                raise UserError(
+                    f"{adapter.path}: {name} has another shape than in {first.path}; average only adapters "
+                    "that were trained with one recipe"
+                )
 
 
 def read_finite(adapter: Tensors, name: str) -> torch.Tensor:

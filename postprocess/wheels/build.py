@@ -48,14 +48,16 @@ def make_wheels(out: Path, slug: str) -> bool:
             would be deleted.
     """
     if out.is_file():
-        raise UserError(f"--out {out}: a file; name a folder")
+        raise UserError(f"--out {out}: this is a file; name a folder")
     if is_current(out, slug):
         return False
 
     # The folder is about to be replaced: refuse one that holds somebody's own files.
     for path in out.glob("*"):
         if path.name not in (MANIFEST, METADATA) and path.suffix != ".whl":
-            raise UserError(f"--out {out}: holds {path.name}, no wheel; name a folder of its own")
+            raise UserError(
+                f"--out {out}: holds {path.name}, which is no wheel and would be deleted; name an empty folder"
+            )
 
     with atomic_folder(out) as folder:
         # One retry: without network, pip's five take a minute.

@@ -98,9 +98,13 @@ def load_tokenizer(recipe: Recipe, base: Path):
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{base}: no tokenizer that transformers can read ({reason})") from None
+        raise UserError(
+            f"{base}: holds no tokenizer that transformers can read ({reason}); fetch the model again"
+        ) from None
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(f"{recipe.path}: base_model {base} has no fast tokenizer (tokenizer.json)")
+        raise UserError(
+            f"{recipe.path}: base_model {base} has no fast tokenizer (tokenizer.json); choose another base model"
+        )
 
     add_special_tokens(tokenizer, recipe, base)
     if tokenizer.pad_token_id is None:

@@ -106,10 +106,7 @@ def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
 def select_likely(
     signatures: Signatures, first: np.ndarray, second: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Find out, by sizes and signatures, which pairs of texts may be as similar as the threshold.
-
-    Pair i is of the texts first[i] and second[i].
-    """
+    """Find out which pairs of texts, first[i] and second[i], may be as similar as the threshold."""
     # By sizes: at best, all n-grams of the smaller text are in the larger one, and the similarity
     # is smaller / larger.
     first_counts = signatures.gram_counts[first]

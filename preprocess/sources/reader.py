@@ -232,7 +232,7 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
     if not set(PROMPT_COLUMNS) & set(table.columns):
         raise UserError(
             f"{path}: no column prompt (found {', '.join(table.columns)}); "
-            "it cannot be compared with the sources"
+            "name a file with the prompts that the sources are to be compared with"
         )
 
     # A test file has no verdicts, so that its layout cannot be recognised.

@@ -115,7 +115,7 @@ def test_a_folder_without_trials_is_one_line(tmp_path):
 
 def test_metrics_without_what_training_writes_are_one_line(tmp_path):
     run = add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=None)
-    assert fails(str(tmp_path)).startswith(f"error: {run}/metrics.json: no number accuracy; ")
+    assert fails(str(tmp_path)).startswith(f"error: {run}/metrics.json: holds no number accuracy, so ")
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
     assert read_run(crossed, True).predictions.rows["fold"].to_list() == [0, 1, 0, 1]
     for fold in (0, 1):
         (crossed / f"fold-{fold}").rename(crossed / f"moved-{fold}")
-    assert "no fold-0 beside oof.parquet; train with make cv R=R" in refusal(crossed, True)
+    assert "holds no fold-0 beside oof.parquet; train all folds with make cv R=R" in refusal(crossed, True)
     (crossed / "oof.parquet").unlink()
     assert "oof.parquet: no such file; train all folds with make cv R=R" in refusal(crossed, True)
 

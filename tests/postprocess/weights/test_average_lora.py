@@ -109,7 +109,7 @@ def put_nan(tensors):
 
 BAD = [
     (with_json("contract.json", budget_tokens=64), "budget_tokens has another value than in"),
-    (in_adapter(lambda tensors: tensors.pop(SCORE)), "score.weight is in it or in"),
+    (in_adapter(lambda tensors: tensors.pop(SCORE)), "score.weight is only in this adapter or only in"),
     (in_adapter(put_nan), "lora_A.weight is not finite; train again"),
     (with_json("adapter_config.json", lora_alpha=32), "lora_alpha has another value than in"),
     (with_json("config.json", quantization_config={}), "quantization_config has another value than in"),

@@ -161,8 +161,8 @@ def test_another_hash_or_none_is_refused(index, tmp_path):
 def test_a_folder_or_file_of_something_else_is_not_replaced(index, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    assert "thesis: holds chapter.txt, no wheel; name a folder of its own" in refused(tmp_path / "thesis")
-    assert run(tmp_path / "thesis" / "chapter.txt").output.endswith("chapter.txt: a file; name a folder\n")
+    assert "thesis: holds chapter.txt, which is no wheel and would be deleted" in refused(tmp_path / "thesis")
+    assert run(tmp_path / "thesis" / "chapter.txt").output.endswith("chapter.txt: this is a file; name a folder\n")
     assert contents(tmp_path / "thesis") == {"chapter.txt": b"years of work"}
 
 
