@@ -44,7 +44,8 @@ def main(recipe: str, keep_merged: bool, repeat: int, adapters: tuple[Path, ...]
     checked_recipe = read_recipe(find_recipe(recipe))
     if adapters and not checked_recipe.pairwise.train:
         raise UserError(
-            f"{recipe}: train: false, so that there are no adapters; leave out --adapter"
+            f"{recipe}: says train: false, so nothing is trained and there are no adapters to average; "
+            "leave out --adapter"
         )
 
     options = Options(keep_merged, repeat)

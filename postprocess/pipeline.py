@@ -100,7 +100,8 @@ def locked(run_folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"{run_folder}: another python -m postprocess is at work there; wait for it, or stop it"
+            f"{run_folder}: another python -m postprocess is at work in this folder; wait until it has ended, "
+            "or stop it"
         ) from None
 
     try:
@@ -129,12 +130,12 @@ class Models:
 
 
 def make_all_stages(run: Run, options: Options) -> Path:
-    """Bring every stage of a run up to date, and return the package's folder."""
+    """Bring models, comparison and package of a run up to date, and return the package's folder."""
     quantize = run.recipe.pairwise.package.quantize
     if options.repeat > 1 and quantize not in GPTQ_BITS:
         raise UserError(
-            f"--repeat: quantize: {quantize} always gives the same bytes; "
-            f"only {' and '.join(GPTQ_BITS)} depend on chance"
+            f"--repeat: the recipe says quantize: {quantize}, which gives the same bytes each time; leave "
+            f"--repeat out, which is for {' and '.join(GPTQ_BITS)}: these depend on the rows drawn to calibrate on"
         )
 
     preparation = Preparation(run)
@@ -149,8 +150,11 @@ def make_all_stages(run: Run, options: Options) -> Path:
 
 
 def make_models(run: Run, options: Options, preparation: Preparation) -> Models:
-    """Bring the models that could be packaged up to date."""
-    # The recipe's `adapter: best` is both of merged and unmerged; agreement.json says which is packaged.
+    """Bring the models that could be packaged up to date.
+
+    With `adapter: best` in the recipe there are both: the adapter merged into its base, and the two apart.
+    The later comparison decides which is packaged.
+    """
     adapter = run.recipe.pairwise.package.adapter
     merged = None
     candidates: dict[str, Path] = {}
@@ -166,13 +170,12 @@ def make_models(run: Run, options: Options, preparation: Preparation) -> Models:
 def make_merged_candidates(
     run: Run, merged: Path, options: Options, preparation: Preparation
 ) -> dict[str, Path]:
-    """Bring the models up to date that can be packaged of a merged run: it is quantised, or stays in 16 bits.
+    """Bring the models up to date that are made of the merged one: quantised, or as it is in 16 bits.
 
     Returns:
-        The models' folders by name. The name `quantised` stands for the model that is packaged, also
-        where that is the merged model itself.
+        The models' folders by name. With `quantize: none`, the merged model itself has the name `quantised`.
     """
-    # A merged model that the user keeps is made here. Else the quantisers make it when they need it.
+    # A merged model that the user wants to keep is made here. Any other is made when a quantiser needs it.
     is_kept = merged.name == KEPT_MERGED
     if is_kept and not skip_if_current(merge_stage(run, merged)):
         make_merged(run, merged, preparation)
@@ -199,12 +202,12 @@ def choose_merged_folder(run: Run, options: Options) -> Path:
 
 
 def make_untrained_run(recipe: Recipe) -> None:
-    """Bring the run folder of a recipe with `train: false` up to date, from the base model alone."""
+    """Bring the run folder of a recipe with `train: false` up to date, from the base model as it is."""
     refuse_weights(recipe)
     base_model = recipe.axolotl["base_model"]
     base = find_base(base_model, recipe.axolotl.get("model_revision"), str(recipe.path))
 
-    # How the run is packaged does not change the run.
+    # The keys of the recipe that change the run: how it is packaged does not.
     settings = recipe.pairwise.model_dump(mode="json", exclude={"package"})
     for key in ("base_model", "special_tokens", "attn_implementation"):
         settings[key] = recipe.axolotl.get(key)
@@ -234,7 +237,7 @@ def make_untrained_run(recipe: Recipe) -> None:
 
 
 def make_average(recipe: Recipe, members: Sequence[Path]) -> None:
-    """Bring the run folder of a mean up to date, from the adapters of its member runs."""
+    """Bring the recipe's run folder up to date, which holds the mean of the adapters of `members`."""
     member_files = []
     for member in members:
         member_files += files_named(
@@ -258,7 +261,7 @@ def make_average(recipe: Recipe, members: Sequence[Path]) -> None:
     from postprocess.memory.comparison_fit import check_comparison
     from postprocess.weights.average_lora import average
 
-    # Any member's model is as large as the mean's.
+    # The memory is checked with the first member, whose model is as large as the mean's.
     member = members[0]
     contract, model_input = read_contract(member)
     base = find_base(contract.base_model, contract.revision)
@@ -315,10 +318,10 @@ def make_quantised(run: Run, merged: Path, preparation: Preparation) -> Path:
 def make_gptq_models(
     run: Run, merged: Path, repeat: int, preparation: Preparation
 ) -> dict[str, Path]:
-    """Bring the GPTQ models up to date, each calibrated on other rows: quantised, quantised-2 and so on.
+    """Bring the GPTQ models up to date: quantised, quantised-2 and so on, each calibrated on other rows.
 
-    There are `repeat` of them at least. Further ones that an earlier call made stay among them while
-    they are up to date.
+    There are `repeat` of them at least. Further ones that an earlier call made are kept while they are up
+    to date.
     """
     folders = {}
     for seed, stage in enumerate(list_gptq_stages(run, repeat)):
@@ -330,7 +333,7 @@ def make_gptq_models(
         preparation.ensure()
         from postprocess.gptq.quantize import quantize
 
-        # Merged at the first call, and read by all.
+        # The first of these calls makes the merged model, which the others then find.
         make_merged(run, merged, preparation)
         with making(stage):
             quantize(run, merged, stage.settings["bits"], quantised, seed)
@@ -413,7 +416,7 @@ def make_agreement(run: Run, models: Models, preparation: Preparation) -> Path:
         part = len(scores_files)
         scores_files.append(make_scores(run, models, part, preparation))
 
-    # It was quantised and scored. Where the models do not agree, nothing else would remove it.
+    # The temporary merged model is needed no more. It goes now, because a refusal in the next lines ends the call.
     shutil.rmtree(run.folder / TEMPORARY_MERGED, ignore_errors=True)
     with making(stage):
         agreement(run, scores_files, report)
@@ -421,14 +424,14 @@ def make_agreement(run: Run, models: Models, preparation: Preparation) -> Path:
 
 
 def make_scores(run: Run, models: Models, part: int, preparation: Preparation) -> Path:
-    """Bring the probabilities that the models give up to date.
+    """Bring the probabilities that the models give to a part of the validation rows up to date.
 
     Returns:
-        The file with the probabilities: `part` 0 is of the first validation rows, 1 of those that are added to
-        them, … Other tolerances need no other ones.
+        The file with the probabilities: scores.json for part 0, the first rows; scores-2.json and so on for
+        parts that are added because the rows so far do not decide.
     """
+    # The tolerances are no setting of this stage: other ones need no new probabilities.
     folders = models.compared_folders()
-    # scores.json, scores-2.json, …
     name = "scores" if part == 0 else f"scores-{part + 1}"
     scores_file = run.folder / f"{name}.json"
     inputs = compared_files(run, models)
@@ -481,10 +484,10 @@ def make_package(run: Run, model: Path, report: Path) -> Path:
 
 
 def remove_outdated_models(run: Run, models: Models) -> None:
-    """Remove the models of an earlier recipe or training: gigabytes that match nothing beside them."""
+    """Remove the models that an earlier recipe or training left in the run folder: they take gigabytes."""
     kept_folders = list(models.candidates.values())
 
-    # What an earlier call with --keep-merged made may still belong to this training.
+    # Keep what an earlier call with --keep-merged made, if it belongs to this training.
     kept_merged = run.folder / KEPT_MERGED
     if is_current(merge_stage(run, kept_merged)):
         kept_folders.append(kept_merged)

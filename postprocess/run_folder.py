@@ -87,7 +87,7 @@ class Run:
 
 
 def read_run(recipe: Recipe) -> Run:
-    """Read what the training of a recipe left in its run folder, and check it before any work.
+    """Read what the training of a recipe left in its run folder, and check that it can be packaged.
 
     Raises:
         UserError: The run is not complete, was changed since training, or is not the recipe's.
@@ -99,13 +99,14 @@ def read_run(recipe: Recipe) -> Run:
     for name in ("contract.json", "model_input.py", "metrics.json"):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder}: weights without {name}, so it is unknown how they were trained; train again with "
+                f"{folder}: has weights but no {name}, so it is unknown how they were trained; train again with "
                 f"axolotl train {recipe.path}, with recipes.pairwise.plugin among its plugins"
             )
+
     contract, model_input = read_contract(folder)
     check_tokenizer_files(folder, contract)
 
-    # A full fine-tune holds the whole model itself.
+    # A full fine-tune left the whole model in the run folder. Otherwise the weights are the base model's.
     weights = folder
     if has_adapter or not is_trained:
         weights = find_base(contract.base_model, contract.revision)
@@ -115,7 +116,8 @@ def read_run(recipe: Recipe) -> Run:
     for file in run.validation_files():
         if not file.is_file():
             raise UserError(
-                f"{file}: no such file; the package is checked on the validation rows of the training"
+                f"{file}: no such file, but the package is checked on the validation rows in it; put it back, or "
+                "train again"
             )
     return run
 
@@ -124,14 +126,15 @@ def find_adapter(folder: Path, recipe: Path) -> bool:
     """Find out whether a training left an adapter (True) or a full model (False) in its run folder.
 
     Raises:
-        UserError: It holds none of them, both, or weights without their configuration.
+        UserError: The folder holds none of the two, both, or weights without their configuration.
     """
     has_adapter = (folder / ADAPTER_WEIGHTS).is_file()
     has_model = any(folder.glob(MODEL_PATTERN))
     if has_adapter and has_model:
         raise UserError(
-            f"{folder}: holds an adapter and a full model; remove the one that is not from the last training"
+            f"{folder}: holds both an adapter and a full model; remove the one that is not from the last training"
         )
+
     if not has_adapter and not has_model:
         reason = "no such folder"
         if folder.is_dir():
@@ -141,7 +144,7 @@ def find_adapter(folder: Path, recipe: Path) -> bool:
     configuration = ADAPTER_SETTINGS if has_adapter else "config.json"
     if not (folder / configuration).is_file():
         raise UserError(
-            f"{folder}: weights without {configuration}; train it again with axolotl train {recipe}"
+            f"{folder}: has weights but no {configuration}; train it again with axolotl train {recipe}"
         )
     return has_adapter
 
@@ -161,51 +164,69 @@ def refuse_weights(recipe: Recipe) -> None:
 
 
 def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
-    """Check that recipe and adapter say what the contract says, with which the run was trained.
+    """Check that a recipe, and the adapter in its run folder, still say what the run was trained with.
+
+    The contract, which training wrote beside the weights, records everything that decides a model's input.
 
     Raises:
-        UserError: One of them says something else.
+        UserError: The recipe was changed since, or the adapter is one of another base model.
     """
-    contract_file = recipe.run_folder / "contract.json"
     block = recipe.pairwise
-    template = block.resolved_template()
-
-    # By the recipe's key: what the recipe says now, and what the run was trained with.
-    values = {}
     for key in CONTRACT_KEYS:
-        values[key] = (getattr(block, key), getattr(contract, key))
-    for key in TEMPLATE_KEYS:
-        values[f"template.{key}"] = (getattr(template, key), getattr(contract.template, key))
-    for key, (current, trained) in values.items():
+        current = getattr(block, key)
+        trained = getattr(contract, key)
         if current != trained:
             raise UserError(
-                f"{recipe.path}: pairwise.{key} is {current!r}, the run was trained with {trained!r} ({contract_file}); "
-                "put that back, or train again"
+                explain_change(recipe, f"pairwise.{key}", f"{current!r}", f"{trained!r}")
             )
 
-    # Another model may have stood in for the recipe's: `axolotl train R.yml --base-model FOLDER`.
+    template = block.resolved_template()
+    for key in TEMPLATE_KEYS:
+        current = getattr(template, key)
+        trained = getattr(contract.template, key)
+        if current != trained:
+            name = f"pairwise.template.{key}"
+            raise UserError(explain_change(recipe, name, f"{current!r}", f"{trained!r}"))
+
+    # `axolotl train R.yml --base-model FOLDER` trains another base model than the recipe's. So the recipe
+    # may name the model that was trained, or the one that it named at that time.
     base_model = recipe.axolotl["base_model"]
     base_in_recipe_then = contract.recorded.get("recipe_base_model", contract.base_model)
     is_base_of_training = is_same_model(base_model, contract.base_model)
     if not is_base_of_training and not is_same_model(base_model, base_in_recipe_then):
-        raise UserError(
-            f"{recipe.path}: base_model is {base_model}, the run was trained with {base_in_recipe_then} ({contract_file}); "
-            "put that back, or train again"
-        )
+        raise UserError(explain_change(recipe, "base_model", base_model, base_in_recipe_then))
+
     if not has_adapter:
         return
 
+    # The adapter names its base model too.
+    settings_file = recipe.run_folder / ADAPTER_SETTINGS
     adapter_base = adapter_settings(recipe.run_folder).get("base_model_name_or_path")
     if adapter_base and not is_same_model(adapter_base, contract.base_model):
         raise UserError(
-            f"{recipe.run_folder / ADAPTER_SETTINGS}: base_model_name_or_path is {adapter_base}, "
-            f"{contract_file} says base_model {contract.base_model}: "
-            "an adapter of another base; put the run's own adapter back, or train again"
+            f"{settings_file}: base_model_name_or_path is {adapter_base}, but contract.json beside it says "
+            f"base_model {contract.base_model}, so this is an adapter of another base; put the run's own adapter "
+            "back, or train again"
         )
 
 
+def explain_change(recipe: Recipe, key: str, current: str, trained: str) -> str:
+    """Say that a key of the recipe has another value now than when its run was trained."""
+    contract_file = recipe.run_folder / "contract.json"
+    return (
+        f"{recipe.path}: {key} is {current}, but the run was trained with {trained} ({contract_file}); put that "
+        "value back, or train again"
+    )
+
+
 def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
-    """Read a run's contract, and execute the run's own model_input.py once its hash is the contract's.
+    """Read a run's contract.json, and import the copy of model_input.py that training put beside it.
+
+    That copy makes the same token ids as in training. It is executed only if it has the SHA-256 that the
+    contract records.
+
+    Returns:
+        The contract and the module.
 
     Raises:
         UserError: The contract is damaged, or model_input.py is not the one of the training.
@@ -218,8 +239,8 @@ def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
     code_hash = sha256(code_file)
     if code_hash != expected_hash:
         raise UserError(
-            f"{code_file}: SHA-256 is {code_hash[:12]}…, contract.json says {str(expected_hash)[:12]}…; "
-            "the file has changed since training: restore it or train again"
+            f"{code_file}: the file has changed since training: its SHA-256 is {code_hash[:12]}…, but "
+            f"contract.json says {str(expected_hash)[:12]}…; restore it or train again"
         )
     model_input = execute_model_input(code_file)
 
@@ -238,7 +259,8 @@ def check_tokenizer_files(folder: Path, contract: Contract) -> None:
         file = folder / name
         if not file.is_file() or sha256(file) != expected_hash:
             raise UserError(
-                f"{file}: missing or changed since training; contract.json holds another SHA-256"
+                f"{file}: missing or changed since training, as its SHA-256 in contract.json shows; put the "
+                "training's file back, or train again"
             )
 
 
@@ -255,12 +277,12 @@ def checked_tokenizer(run: Run):
 
 
 def check_types(contract_class: type, recorded: dict, file: Path) -> None:
-    """Check that the values of a contract have the types of the contract's class; absent keys are let by.
+    """Check that the values in a contract.json have the types that the Contract class declares.
 
-    Raises:
-        UserError: A value has another type.
+    Keys that are missing are left to contract_from_dict, which reports them.
     """
-    # The golden rows hold lone surrogates, which pydantic does not read: they are checked apart.
+    # pydantic cannot read the golden rows, some of which are broken Unicode on purpose: they are checked
+    # below.
     without_golden = json.dumps(recorded | {"golden": []})
     try:
         TypeAdapter(contract_class).validate_json(without_golden, strict=True)
@@ -286,17 +308,19 @@ def describe_problem(file: Path, problem: Mapping) -> str:
 
 
 def check_head(contract: Contract, file: Path) -> None:
-    """Check that head, verdicts, number of outputs and label tokens of a contract go together."""
+    """Check that the numbers in a contract suit its head, which is how verdicts come out of the model."""
     head = contract.head
     if head not in HEADS:
         raise UserError(f"{file}: head is {head!r}; only {', '.join(HEADS)} can be packaged")
 
-    # A causal LM that answers by label tokens has one for each verdict, and no labelled outputs.
+    # A classifier (score) has a labelled output for each verdict. A reward model has one, for the response
+    # that it reads. A causal LM (label_tokens) has none: it answers by a token for each verdict.
     verdict_count = len(contract.verdicts)
     expected_labels = {"score": verdict_count, "reward": 1, "label_tokens": 0}[head]
     expected_tokens = verdict_count if head == "label_tokens" else 0
-    # A bias is optional.
+    # The biases, a number to add to each verdict's logit, are optional.
     expected_biases = verdict_count if contract.logit_bias else 0
+
     for name, count, expected in (
         ("labels", contract.num_labels, expected_labels),
         ("label tokens", len(contract.label_token_ids), expected_tokens),
@@ -304,7 +328,8 @@ def check_head(contract: Contract, file: Path) -> None:
     ):
         if count != expected:
             raise UserError(
-                f"{file}: {count} {name} for {verdict_count} verdicts and the head {head}, expected {expected}; train again"
+                f"{file}: holds {count} {name}, but the head {head} needs {expected} for {verdict_count} verdicts; "
+                "train again"
             )
 
 
@@ -312,10 +337,10 @@ def check_head(contract: Contract, file: Path) -> None:
 
 
 def find_base(name: str, revision: str | None, source: str = "contract.json") -> Path:
-    """Find a base model: a folder here, or a snapshot of the hub's repository, which is fetched.
+    """Find the folder of a base model. One that is named by its repository is fetched from the hub first.
 
     Args:
-        name: The folder, or the repository as owner/name.
+        name: A folder on this machine, or a repository of the Hugging Face Hub as owner/name.
         revision: The repository's commit, branch or tag; None for main.
         source: The file that names the base model, for the message.
 
@@ -329,15 +354,16 @@ def find_base(name: str, revision: str | None, source: str = "contract.json") ->
     is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if folder.exists() or not is_repository:
         raise UserError(
-            f"{name}: the base model in {source} is not a model's folder (no config.json); put it back there"
+            f"{name}: {source} names this as the base model, but it is no model's folder (no config.json); put "
+            "the model back there"
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=BASE_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:SHOWN_OF_HUB_ERROR]
         raise UserError(
-            f"{name}: the base model in {source} is neither a folder here nor to be had from the hub at revision "
-            f"{revision or 'main'} ({type(error).__name__}: {reason}); {HOW_TO_GET_IT}"
+            f"{name}: {source} names this as the base model, but there is no such folder here, and the hub does "
+            f"not give it at revision {revision or 'main'} ({type(error).__name__}: {reason}); {HOW_TO_GET_IT}"
         ) from None
 
 

@@ -74,9 +74,9 @@ def making(stage: Stage) -> Iterator[str]:
         The stage's key, under which an interrupted merge can continue.
 
     Raises:
-        UserError: The disk is full, whichever library met it.
+        UserError: The disk is full.
     """
-    # Taken before the block: an input that changes meanwhile makes the stage out of date again.
+    # The key is computed before the block runs. If an input changes meanwhile, the stage is out of date.
     key = stage_key(stage)
     started = time.perf_counter()
 
@@ -85,6 +85,7 @@ def making(stage: Stage) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
+        # Each library has an error of its own for a full disk. The message is the same in all of them.
         if not any(message in str(error) for message in FULL_DISK_MESSAGES):
             raise
         raise UserError(
@@ -157,9 +158,11 @@ def files_in(outputs: Iterable[Path]) -> list[Path]:
 
 
 def file_stamps(paths: Iterable[Path]) -> dict[str, str | list[int]]:
-    """Collect what shows by path whether a file has changed: of a small one its SHA-256, of a large one size and time (ns).
+    """Collect for each file what shows whether it has changed since.
 
-    Files that do not exist are left out.
+    Returns:
+        By path: the SHA-256 of a small file; size and time of modification (ns) of a large one, which
+        would take long to hash. Files that do not exist are left out.
     """
     stamps = {}
     for path in paths:

@@ -62,9 +62,11 @@ def main(folder: Path, by: str) -> None:
 
     console(piped_width=TABLE_WIDTH).print(make_screen_table(table))
     if not parameters:
-        click.echo("all recipes are the same, or one trial has one: there are no parameters")
+        click.echo(
+            "no parameter differs between the trials: their recipes are equal, or there is only one"
+        )
 
-    # Those that failed are in the table too, at its end.
+    # Trials that failed are in the table too, but cannot be the best.
     finished = [trial for trial in trials if trial.status == FINISHED]
     if finished:
         best = finished[0]
@@ -78,7 +80,9 @@ def main(folder: Path, by: str) -> None:
 
 
 def read_trials(folder: Path) -> list[Trial]:
-    """Read the trials of a sweep; one that was trained on several folds is one trial for each.
+    """Read the trials of a sweep: the runs of one recipe with different values of some keys.
+
+    A trial that was trained on several folds counts as one trial for each fold.
 
     Raises:
         UserError: There is no trial, or the metrics of one are not those of a training.
@@ -95,16 +99,18 @@ def read_trials(folder: Path) -> list[Trial]:
             trials.append(read_trial(folder, run_folder))
 
     if not trials:
-        reason = "holds no sweep0001" if folder.is_dir() else "no such folder"
+        reason = "there is no such folder"
+        if folder.is_dir():
+            reason = "holds no trial, that is no folder such as sweep0001"
         raise UserError(
-            f"{folder}: {reason}; axolotl train RECIPE --sweep FILE writes the trials below FILE's "
-            "output_dir, or the recipe's"
+            f"{folder}: {reason}; name the output_dir of FILE, or else of the recipe, where axolotl train "
+            "RECIPE --sweep FILE writes the trials"
         )
     return trials
 
 
 def read_trial(sweep_folder: Path, run_folder: Path) -> Trial:
-    """Read one trial, as far as it came.
+    """Read the recipe, metrics and status of one trial; an unfinished one has no metrics.
 
     Raises:
         UserError: Its metrics are not those of a training.
@@ -131,7 +137,7 @@ def read_metrics(metrics_file: Path) -> dict:
     for name in METRICS:
         if not is_number(metrics.get(name)):
             raise UserError(
-                f"{metrics_file}: no number {name}; it is not axolotl train's, "
+                f"{metrics_file}: holds no number {name}, so axolotl train did not write it; "
                 "train this trial again"
             )
     return metrics
@@ -167,7 +173,7 @@ def flatten_keys(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 def find_parameters(trials: Sequence[Trial]) -> list[str]:
     """Find the keys that are not the same in all trials, in the order of the recipes."""
-    # A trial that left no recipe says nothing of the keys.
+    # Compare only trials that left a recipe.
     recipes = [trial.values for trial in trials if trial.values]
     keys: list[str] = []
     for values in recipes:
@@ -175,7 +181,7 @@ def find_parameters(trials: Sequence[Trial]) -> list[str]:
 
     parameters = []
     for key in dict.fromkeys(keys):
-        # As text, because a list is no member of a set.
+        # Values are compared as texts: a set cannot hold a list.
         texts = {json.dumps(values.get(key), default=str) for values in recipes}
         if len(texts) > 1 and not NOT_PARAMETERS.fullmatch(key):
             parameters.append(key)
@@ -203,18 +209,18 @@ def sort_trials(trials: Sequence[Trial], by: str) -> list[Trial]:
 
 
 def describe_uncertainty(finished: Sequence[Trial]) -> str:
-    """Say what to know before one trial, of which the best is first, is called better than another."""
-    # The fold and the pairs file decide which rows a trial was validated on.
+    """Say how far the metrics of finished trials, the best of which is first, can be compared."""
+    # Trials can be compared if they were validated on the same rows: those of one fold of one pairs file.
     validated_on = set()
     for trial in finished:
         validated_on.add((trial.metrics.get("fold"), trial.metrics.get("pairs_sha256")))
     if len(validated_on) > 1:
         return (
-            "the trials were validated on different rows (another fold, or other pairs): "
+            "the trials were validated on different rows (other folds, or other pairs files): "
             "do not compare their metrics"
         )
 
-    # The standard error of a share, here of the rows that the best trial is right on.
+    # Accuracy is a share of rows. This is the standard error of a share, for the best trial.
     best = finished[0]
     row_count = best.metrics["rows"]
     accuracy = best.metrics["accuracy"]

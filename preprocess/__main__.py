@@ -176,7 +176,10 @@ def list_sources(
     pool: Iterable[Path],
     test: float | Path | None,
 ) -> list[Source]:
-    """List the files to read with the role of their rows, training rows first: their prompts name the groups."""
+    """List the files to read, each with what its rows are for.
+
+    The training files come first, because a group is named after the earliest prompt in it.
+    """
     inputs = [Source(path, "train") for path in sources]
     inputs += [Source(path, "extra") for path in extra]
     inputs += [Source(path, "pool") for path in pool]
@@ -196,21 +199,22 @@ def _check_paths(
     for path in (*sources, *against):
         if path.resolve() in used_paths:
             raise UserError(
-                f"{path}: given twice; each file is a source, or a file to compare with, or the output"
+                f"{path}: given twice; a file is either a source, or one to compare with, or the output: name it "
+                "once"
             )
         used_paths.add(path.resolve())
 
 
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
-    """Check that like prompts stand together: in one fold, in the lockbox, or in one held-back file.
+    """Check that prompts that are alike stand together: in one fold, the lockbox, or one held-back file.
 
     Args:
-        pairs: The pairs with their folds and roles.
+        pairs: The pairs with their folds and roles. The lockbox is those that nothing is trained on.
         held_back: The rows of each held-back file.
         threshold: The similarity from which on two prompts are alike.
 
     Raises:
-        UserError: Two like prompts stand apart, which would let a model see in training what it is judged on.
+        UserError: Two such prompts stand apart, so that a model could see in training what it is judged on.
             They are printed first.
     """
     # The search takes a number for each place. A fold has its own: 0, 1, … The lockbox, which is in no
@@ -259,12 +263,13 @@ def _advise_on_leaks(
     advice = []
     if into_lockbox > 0:
         advice.append(
-            f"{into_lockbox:,} between sources and the lockbox (remove these rows from one, or let --test 0.2 draw it)"
+            f"{into_lockbox:,} between sources and the lockbox (remove these rows from one of the two, or let "
+            "--test 0.2 draw the lockbox)"
         )
     if into_files > 0:
         file_names = ", ".join(held_back_names)
         advice.append(
-            f"{into_files:,} between sources and {file_names} (remove these rows from one)"
+            f"{into_files:,} between sources and {file_names} (remove these rows from one of the two)"
         )
     if between_folds > 0:
         advice.append(

@@ -42,21 +42,25 @@ class Competition:
 
     def __post_init__(self) -> None:
         """Raise ValueError where the entry contradicts itself."""
-        # The kernel gives a row that it cannot score prior probabilities, which are in this order.
+        # The order counts: the kernel's probabilities for rows that it cannot score are in this order.
         if self.verdicts not in (VERDICTS[:2], VERDICTS):
-            raise ValueError(f"{self.name}: verdicts: expected {VERDICTS}, or without tie")
+            raise ValueError(
+                f"{self.name}: verdicts are {self.verdicts}, expected {VERDICTS}, or the same without tie"
+            )
 
-        # In the train file a verdict is a name in one column, or a flag in a column of its own.
-        expected = 1 if self.verdict_form == "name" else len(self.verdicts)
-        columns = len(self.verdict_columns)
-        if columns != expected:
-            raise ValueError(f"{self.name}: verdict_columns: expected {expected}, found {columns}")
+        # The train file tells a row's verdict by its name in one column, or by a flag for each verdict.
+        needed = 1 if self.verdict_form == "name" else len(self.verdicts)
+        count = len(self.verdict_columns)
+        if count != needed:
+            raise ValueError(
+                f"{self.name}: verdict_columns: expected {needed} of them, found {count}"
+            )
 
         # A submission names the winner in one column, or has a probability for each verdict.
-        expected = 1 if self.answer == "winner" else len(self.verdicts)
-        columns = len(self.columns)
-        if columns != expected:
-            raise ValueError(f"{self.name}: columns: expected {expected}, found {columns}")
+        needed = 1 if self.answer == "winner" else len(self.verdicts)
+        count = len(self.columns)
+        if count != needed:
+            raise ValueError(f"{self.name}: columns: expected {needed} of them, found {count}")
 
 
 # By the name that specs use. The rules are those of https://www.kaggle.com/competitions/SLUG.

@@ -29,8 +29,12 @@ HASH_BYTES = 16
 
 
 def extract_facts(rows: pl.DataFrame) -> pl.DataFrame:
-    """Extract the facts of rows: a frame of the columns FACTS."""
-    # A row with a reason cannot be used; all that follows from its texts is null.
+    """Replace the texts of rows by what is needed of them, so that all rows fit into memory.
+
+    Returns:
+        A frame of the columns FACTS.
+    """
+    # A row with a reason (why it cannot be used) is kept, with null in place of what follows from its texts.
     descriptions = []
     for prompt, response_a, response_b, reason in rows.select(*TEXTS, "reason").iter_rows():
         is_usable = reason is None
@@ -47,9 +51,9 @@ def extract_facts(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def describe_texts(prompt: list[str], response_a: list[str], response_b: list[str]) -> dict:
-    """Return what is to be known of a pair's texts, by column of OF_TEXTS."""
-    # The hash of both responses begins with the smaller one. So it does not depend on their order;
-    # is_swapped tells whether B has the smaller one.
+    """Return what the columns OF_TEXTS say about a pair's texts, by column."""
+    # The smaller hash of the two responses comes first, so that the joined hash is the same in whichever
+    # order the responses stand. is_swapped tells whether B has the smaller one.
     hash_a = hash_turns(response_a)
     hash_b = hash_turns(response_b)
     responses_hash = min(hash_a, hash_b) + max(hash_a, hash_b)

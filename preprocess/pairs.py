@@ -67,7 +67,9 @@ def make_pairs(
     threshold: float,
     test_share: float = 0.0,
 ) -> Pairs:
-    """Make pairs of usable rows: judgements united, prompts grouped, groups spread over folds.
+    """Make pairs of usable rows: rows that judge the same pair are united, and each pair gets a fold.
+
+    Prompts that are alike form a group, and all pairs of a group are in one fold.
 
     Args:
         rows: The facts of usable rows with their positions, as stream.read_facts gives them.
@@ -78,14 +80,14 @@ def make_pairs(
     table, united = unite_judgements(rows)
     ids = _make_ids_unique(table["id"].to_list(), table["source"].to_list())
 
-    # A group is known by its root, the place of its earliest prompt, of which its number is a hash.
+    # The root of a group is the position of its earliest prompt. The group's number is a hash of that prompt.
     prompts = table["prompt_text"]
     roots = group_prompts(prompts, threshold).tolist()
     number_by_root = {root: group_number(prompts[root]) for root in set(roots)}
     group = pl.Series([number_by_root[root] for root in roots], dtype=pl.Int64)
     fold = group % folds
 
-    # The lockbox comes last: what is like one of its prompts is dropped.
+    # Draw the lockbox. Then drop the extra and pool rows whose prompts are like one of its own.
     unique_ids = pl.Series(ids, dtype=pl.String)
     table = table.with_columns(id=unique_ids, group=group, fold=fold)
     table = draw_lockbox(table, folds, test_share)
@@ -158,14 +160,14 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     first_rows = totals["first_row"]
     table = rows[first_rows].with_columns(totals.select(*SHARES, "weight", "both_bad"))
 
-    # Several judgements have the winner with the most votes. A single one keeps its own: its shares
-    # may be a teacher's, which may favour another verdict. Pool rows keep having none.
+    # A pair of several judgements gets the winner with the most votes. A single judgement keeps its own
+    # winner, since its shares may come from a teacher that favours another one. Pool rows have no winner.
     is_single = totals["judgements"] == 1
     is_pool = table["role"] == "pool"
     winner = pl.when(is_single | is_pool).then(pl.col("winner")).otherwise(_most_voted())
     table = table.with_columns(winner=winner)
 
-    # The other rows became part of an earlier one.
+    # Count the other rows, which became part of an earlier one.
     row_numbers = pl.int_range(rows.height, dtype=first_rows.dtype, eager=True)
     is_first = row_numbers.is_in(first_rows.implode())
     later_rows = rows.filter(~is_first)

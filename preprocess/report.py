@@ -33,19 +33,19 @@ def console(stream=None, piped_width: int = PIPED_WIDTH) -> Console:
 
 
 def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
-    """Build the table of what became of the rows: a line for each source, and one for all.
+    """Build the table of what became of the rows that were read: a line for each source, and one for all.
 
-    The column `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the
-    shares of pairs that A, B, nobody and the longer response won.
+    The column `again` counts rows that judge the same pair as an earlier row. The columns A, B, tie and
+    longer are shares of the pairs: won by response A, by B, by nobody, and by the longer response.
     """
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
         justify = "left" if heading in LEFT_ALIGNED else "right"
         table.add_column(heading, justify=justify)
 
-    # Extra and pool rows of a source have a line of their own, with the name "arena (pool)".
-    # Training and lockbox rows are one line, "arena": a row that was read as the one may have
-    # become the other since.
+    # Extra and pool rows of a source have lines of their own, such as "arena (pool)". Its training and
+    # lockbox rows share the line "arena", since some rows that were read for training are now in the
+    # lockbox.
     name_of_row = name_sources(rows)
     name_of_pair = name_sources(pairs.table)
     names = name_of_row.unique(maintain_order=True).to_list()
@@ -66,8 +66,8 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
 
 def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
-    """Write the cells of a line of the table, but for its name."""
-    # Rows that can be used have no reason. The commonest reason comes first.
+    """Write the cells of a table line about the `rows` that were read and the pairs `kept` of them."""
+    # Rejected rows have a reason, of which the commonest comes first.
     counts = rows["reason"].drop_nulls().value_counts()
     counts = counts.sort(["count", "reason"], descending=[True, False])
     rejected = [f"{reason}: {count:,}" for reason, count in counts.iter_rows()]

@@ -79,12 +79,16 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
 def describe_model(
     name: str, by_name: Mapping[str, Column], rows: ComparedRows, resamples: Resamples
 ) -> dict:
-    """Measure one of the models: its metrics with their intervals, and how far it is from the trained one."""
+    """Measure one of the compared models: its metrics, and how far it is from the model as trained.
+
+    `by_name` has the probabilities of every model. Two of them are references: `trained`, the model as
+    training left it, and `recorded`, what training itself wrote down, which may be absent.
+    """
     column = by_name[name]
     right_r = is_right(column, rows.winners_r)
     losses_r = losses(column, rows.labels_rv)
 
-    # A row without a winner says nothing of accuracy; of log loss every row does.
+    # Accuracy is measured on the rows that have a winner, log loss on every row.
     has_winner_r = rows.winners_r >= 0
     has_label_r = np.full(len(losses_r), True)
     model = {

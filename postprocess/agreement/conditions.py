@@ -57,19 +57,24 @@ class Condition:
 def list_conditions(
     packaged: str, columns: Mapping[str, Column], rows: ComparedRows, package: PackageBlock
 ) -> list[Condition]:
-    """Check every condition of a package. Of the columns, `recorded` and `merged` may be absent."""
+    """Check a packaged model against the trained one. It may be used only where every condition holds.
+
+    `columns` has the models' probabilities by name. `trained` is always there; `recorded` (what training
+    wrote down) and `merged` (adapter added into the base, not quantised) may be absent.
+    """
     candidate = columns[packaged]
     trained = columns["trained"]
     conditions = check_mean_differences(packaged, columns, package.tolerance)
 
-    # On how many rows the candidate comes to another verdict.
+    # The share of rows on which the candidate comes to another verdict than the trained model.
     is_changed_r = verdicts(candidate) != verdicts(trained)
     changed_share = float(is_changed_r.mean())
     figure = f"the share of verdicts that {packaged} changes"
     conditions.append(check_figure(figure, changed_share, package.tolerance_verdicts, VERDICTS_KEY))
 
-    # A model that gives one answer to all rows is close to one that was hardly trained: the share is 1
-    # for it. A trained model that does so has nothing to lose, and is not worth packaging.
+    # A broken package may give every row the same answer. If the model was hardly trained, its own answers
+    # are so alike that the checks above let that pass; the lost spread, which is 1 then, shows it. A trained
+    # model without any spread is refused too: the share stays NaN.
     trained_spread = measure_spread(trained)
     lost_share = math.nan
     if trained_spread > 0:
@@ -77,7 +82,7 @@ def list_conditions(
     figure = f"the share of the probabilities' spread that {packaged} loses"
     conditions.append(check_figure(figure, lost_share, MOST_SPREAD_LOST, "the bound"))
 
-    # What packaging adds to the log loss against the human votes, on all rows.
+    # What packaging adds to the log loss against the human votes: on all rows, then in each slice of them.
     added_losses_r = losses(candidate, rows.labels_rv) - losses(trained, rows.labels_rv)
     estimate = estimate_mean(added_losses_r, rows.groups_r)
     figure = f"the log loss that {packaged} adds"
@@ -89,24 +94,30 @@ def list_conditions(
 def check_mean_differences(
     packaged: str, columns: Mapping[str, Column], tolerance: float
 ) -> list[Condition]:
-    """Check the mean differences in probability between the models that must agree."""
-    # Of several conditions that fail, the first is told. So what training itself wrote down comes first:
-    # where that differs, a file was exchanged since, and other comparisons mean little.
+    """Check the mean differences in probability between the models that must agree.
+
+    The order matters: where several conditions fail, the user is shown the first one.
+    """
+    model_pairs = []
+
+    # If the probabilities that training recorded are not those of the model as it is loaded now, a file
+    # was exchanged since, and the other comparisons mean little. So this one comes first.
     has_record = "recorded" in columns
-    compared_names = []
     if has_record:
-        compared_names.append(("recorded", "trained"))
-    compared_names.append((packaged, "trained"))
+        model_pairs.append(("recorded", "trained"))
+
+    # The packaged model must agree with both.
+    model_pairs.append((packaged, "trained"))
     if has_record:
-        compared_names.append((packaged, "recorded"))
+        model_pairs.append((packaged, "recorded"))
 
     # A quantised model is made of the merged one, which must agree too: the errors of merging and of
     # rounding may cancel out on these rows, and not on others.
     if "merged" in columns and packaged.startswith(QUANTISED):
-        compared_names.append(("merged", "trained"))
+        model_pairs.append(("merged", "trained"))
 
     conditions = []
-    for name, reference in compared_names:
+    for name, reference in model_pairs:
         figure = f"the mean difference in probability between {name} and {reference}"
         mean = difference(columns[name], columns[reference])["mean"]
         conditions.append(check_figure(figure, mean, tolerance, TOLERANCE_KEY))

@@ -36,7 +36,8 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
     """Compare the models, print a table, write agreement.json and, beside it, all probabilities.
 
     Raises:
-        UserError: The models do not agree, or the rows do not decide. All is written by then.
+        UserError: The models do not agree, or there are too few rows to decide. Both files are
+            written by then.
     """
     rows, columns, report = compare_models(run, scores_files)
     print("\n".join(table_lines(report)))
@@ -82,24 +83,28 @@ def compare_models(
 
 
 def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
-    """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
-    # Of several conditions that fail, the first is told: list_conditions has the causes before what
-    # may follow from them.
-    condition = next(
-        condition for condition in report["conditions"] if condition["verdict"] == report["verdict"]
-    )
-    if report["verdict"] == UNDECIDED:
+    """Say why no package is made, and what to do about it.
+
+    `report` is the content of agreement.json. `table_file` has the probabilities of each row to look at.
+    """
+    # Show the first condition that led to this verdict: list_conditions puts causes before what may
+    # follow from them.
+    verdict = report["verdict"]
+    deciding = [condition for condition in report["conditions"] if condition["verdict"] == verdict]
+    condition = deciding[0]
+    if verdict == UNDECIDED:
         return describe_undecided(condition, report["rows"])
+
+    value = f"{condition['value']:.4f}"
     if condition["name"] == RECORD_CONDITION:
         return (
-            f"base and adapter, loaded as they were trained, differ by {condition['value']:.4f} in "
-            f"probability from predictions.parquet, which training wrote: one of {run.weights}, "
-            f"{run.folder} is not the training's; put it back, or train again"
+            f"the model, loaded as it was trained, differs by {value} in probability from "
+            f"predictions.parquet, which training wrote: a file in {run.weights} or {run.folder} has been "
+            "exchanged since; put the training's file back, or train again"
         )
     return (
-        f"{condition['name']} is {condition['value']:.4f}, over {condition['bound_name']} "
-        f"({condition['bound']:g}); no package is made: {advise(run, report)}; "
-        f"{table_file.name} beside it has the rows"
+        f"{condition['name']} is {value}, over {condition['bound_name']} ({condition['bound']:g}); no "
+        f"package is made: {advise(run, report)}; {table_file.name} beside it has the rows"
     )
 
 
@@ -110,14 +115,19 @@ def describe_undecided(condition: dict, row_count: int) -> str:
         rows_needed = f"about {condition['rows_needed']:,} rows would decide"
     return (
         f"undecided, no package is made: {condition['name']} is {condition['value']:.4f} on all "
-        f"{row_count:,} validation rows, but may be {condition['high']:.4f}, over {condition['bound_name']} "
-        f"({condition['bound']:g}); {rows_needed}: hold out a larger fold, or raise the tolerance in the "
-        "recipe"
+        f"{row_count:,} validation rows, but may be {condition['high']:.4f}, which is over "
+        f"{condition['bound_name']} ({condition['bound']:g}); {rows_needed}: hold out a larger fold, or "
+        "raise the tolerance in the recipe"
     )
 
 
 def advise(run: Run, report: dict) -> str:
-    """Say what to change in the recipe: less rounding where that is to blame, else another kind of package."""
+    """Say what to change in the recipe so that the package comes nearer to the trained model.
+
+    Two steps move a package away from it: merging the adapter into float16 weights, and rounding these to
+    fewer bits. The advice is about the step that is to blame.
+    """
+    # How far each model is from the trained one: the mean difference in probability.
     mean_differences = {}
     for model in report["models"]:
         mean_differences[model["model"]] = model["against_trained"]["mean"]
@@ -125,22 +135,30 @@ def advise(run: Run, report: dict) -> str:
     packaged_mean = mean_differences[packaged]
     merged_mean = mean_differences.get("merged", 0)
 
-    # The package is the merged model, rounded to fewer bits. Rounding is to blame where the merged model
-    # is within the tolerance, or at most half as far from the trained one. An unmerged package has its
-    # base in nf4, whatever `quantize` says.
+    # Rounding is to blame where the merged model alone is within the tolerance, or at most half as far
+    # away as the package. An unmerged package has its base in nf4, whatever `quantize` says.
     quantize = run.recipe.pairwise.package.quantize
     is_quantised = quantize != "none" or packaged == "unmerged"
     is_merging_good = merged_mean <= report["tolerance"] or merged_mean <= packaged_mean / 2
     if is_merging_good and is_quantised:
         return advise_less_rounding(packaged, quantize)
 
-    # Otherwise merging is to blame, or float16 where there was no adapter to merge. A package without
-    # merging was compared already: then there is no other kind left to try.
+    # Otherwise merging is to blame. Where an unmerged package was compared too, no other kind is left.
     if "unmerged" in mean_differences:
-        return "no package of this run would be nearer, raise the tolerance if that will do or train again"
+        return (
+            "no other kind of package would be nearer to the trained model: raise the tolerance if this "
+            "is near enough, or train again"
+        )
     if run.has_adapter:
-        return f"merging alone moves it by {merged_mean:.4f}, package with quantize: nf4 and adapter: unmerged"
-    return f"float16 alone moves it by {merged_mean:.4f}, train it again with fp16: true"
+        return (
+            f"merging alone changes probabilities by {merged_mean:.4f}: package with quantize: nf4 and "
+            "adapter: unmerged"
+        )
+
+    # A full fine-tune has no adapter: only float16 can have changed it.
+    return (
+        f"float16 alone changes probabilities by {merged_mean:.4f}: train it again with fp16: true"
+    )
 
 
 def advise_less_rounding(packaged: str, quantize: str) -> str:

@@ -131,10 +131,13 @@ def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 def score_model(
     name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence
 ) -> tuple[Column, list[dict]]:
-    """Score the validation rows and the contract's golden rows with one model.
+    """Score the validation rows and the golden rows with one model.
+
+    Golden rows are twenty awkward pairs in the run's contract, which every stage scores to show that it
+    computes the same.
 
     Returns:
-        Its probabilities of the validation rows, and those of the golden rows by their ids.
+        The probabilities of the validation rows, and for each golden row its id and probabilities.
 
     Raises:
         UserError: A probability is not finite.
@@ -145,7 +148,8 @@ def score_model(
         golden_scores = score_pairs(name, model, run, tokenizer, golden_pairs, (GOLDEN_ORDER,))
     except FloatingPointError as error:
         raise UserError(
-            f"{name}: {error}; this model overflows, package it from other weights"
+            f"{name}: {error}: numbers overflow in this model, so it cannot be packaged; train again, "
+            "or start from another base model"
         ) from None
 
     # The kernel, which scores them once more, compares them by id.

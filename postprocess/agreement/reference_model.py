@@ -102,11 +102,15 @@ def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[in
 
 
 def trained_quantization(run: Run) -> dict | None:
-    """Read by which BitsAndBytesConfig the base was quantised in training (QLoRA); None for 16 or 32 bits.
+    """Read how the base model was quantised while its adapter was trained (QLoRA).
+
+    Returns:
+        The settings of transformers' BitsAndBytesConfig; None where the base had 16 or 32 bits.
 
     Raises:
-        UserError: The recipe says that the base was quantised, the run does not.
+        UserError: The recipe asks for a quantised base, but the run has none on record.
     """
+    # Only under an adapter can the base be quantised: a full fine-tune trains it.
     if not run.has_adapter:
         return None
 
@@ -118,7 +122,7 @@ def trained_quantization(run: Run) -> dict | None:
     for key in ("load_in_4bit", "load_in_8bit"):
         if run.recipe.axolotl.get(key) and not settings:
             raise UserError(
-                f"{config_file}: records no quantization_config, though {run.recipe.path.name} says {key}; "
-                f"the adapter in {ADAPTER_WEIGHTS} is from another training: train again"
+                f"{config_file}: records no quantization_config, though {run.recipe.path.name} says {key}, "
+                f"so {ADAPTER_WEIGHTS} beside it is from another training; train again"
             )
     return settings

@@ -185,7 +185,7 @@ def resample(groups_r: np.ndarray) -> Resamples:
 
 
 def interval(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) -> list[float]:
-    """Give the 95 % bootstrap interval of the mean of some rows' values.
+    """Compute the 95 % bootstrap interval of the mean over the rows for which `counted_r` is True.
 
     Returns:
         The low and the high end; NaN where no sample holds a row that counts.

@@ -43,7 +43,11 @@ def probability_table(
 
 
 def table_lines(report: dict) -> list[str]:
-    """Write the report as lines: one a model, then what was chosen, what decided, and what to know of it."""
+    """Write the comparison as lines for the terminal, from the content of agreement.json.
+
+    A heading and a line for each model come first. Then follow which model is packaged, what that costs,
+    which conditions hold, and what to know before reading the numbers.
+    """
     groups = f"{report['groups']} group" if report["groups"] == 1 else f"{report['groups']} groups"
     lines = [
         f"  {report['rows']} validation rows in both orders; differences and KL (nats) are from the "
@@ -151,19 +155,21 @@ def list_caveats(report: dict) -> list[str]:
     lines = []
     precisions = {model["model"]: model["precision"] for model in report["models"]}
     if "recorded" not in precisions:
-        lines.append("  no record: a mean of runs was not trained as such")
+        lines.append(
+            "  no record of training to compare with: this is a mean of runs, which was not trained itself"
+        )
 
     if report.get("rows_were_trained_on"):
         lines.append(
-            "  the model was trained on these rows: accuracy and log loss say nothing of others, the "
-            "differences do"
+            "  the model was trained on these rows: accuracy and log loss are no estimate for other rows, "
+            "but the differences between models are"
         )
     if report["groups"] < FEW_GROUPS:
         lines.append(
             f"  fewer than {FEW_GROUPS} groups of prompts: the brackets are narrower than they should be"
         )
 
-    # One of these two is always there, and both compute in the same precision.
+    # At least one of these two models is there, and both compute in the same precision.
     precision = precisions.get("merged", precisions.get("unmerged"))
     if precision == "float32":
         lines.append(

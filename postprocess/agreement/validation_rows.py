@@ -65,15 +65,15 @@ def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataF
     predictions = read_predictions(predictions_file, run.contract.verdicts)
     ids = by_hash(predictions["id"], end)[first:]
 
-    # Both tables are joined to the list of ids, and so come into its order. An id that is missing from
-    # one of them, or in it twice, changes the number of rows.
+    # Joining both tables to the list of ids brings them into its order. If an id is missing from one of
+    # them, or is in it twice, the number of rows changes.
     rows = pl.DataFrame({"id": ids}, schema={"id": pl.String})
     rows = rows.join(predictions, on="id", maintain_order="left")
     rows = rows.join(read_pairs(pairs_file), on="id", maintain_order="left")
     if len(rows) != len(ids) or not ids:
         raise UserError(
-            f"{pairs_file}: holds {len(rows)} of the {len(ids)} validation rows in {predictions_file}; "
-            "it is not the file of the training"
+            f"{pairs_file}: holds {len(rows)} of the {len(ids)} validation rows in {predictions_file}, so this is "
+            "not the file of the training; put that file back, or train again"
         )
 
     pairs = [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]

@@ -51,18 +51,19 @@ def run_worker(arguments: Sequence[Path]) -> None:
 
     if worker.returncode != 0:
         raise UserError(
-            f"{WORKER.name}: GPTQ ended with {worker.returncode}: {last_line[:300]}; quantize: nf4 or int8 needs no GPTQ"
+            f"{WORKER.name}: GPTQ failed with exit code {worker.returncode}: {last_line[:300]}; mend this, or "
+            "write quantize: nf4 or int8, which need no GPTQ"
         )
 
 
 def python_with_gptq() -> Path:
-    """Return the environment's Python, once `make` has brought the environment up to date.
+    """Return the Python of the environment that GPTQ needs, which `make` brings up to date first.
 
     Raises:
         UserError: The environment cannot be made; the message has the error that make printed.
     """
     python = ENVIRONMENT / "bin" / "python"
-    # What is behind a link is another checkout's, and is used as it is.
+    # A link leads to another checkout's environment, which is used as it is.
     if ENVIRONMENT.is_symlink():
         return python
 
@@ -76,6 +77,7 @@ def python_with_gptq() -> Path:
         # pip's errors come first, then what to do; make adds a line of its own.
         errors = [line for line in finished.stderr.splitlines() if line.lower().startswith("error")]
         raise UserError(
-            f"{ENVIRONMENT}: could not be made ({' '.join(errors)[:300]}); connect to the internet and run again"
+            f"{ENVIRONMENT}: the environment for GPTQ could not be made ({' '.join(errors)[:300]}); connect to "
+            "the internet and run again"
         )
     return python

@@ -34,9 +34,10 @@ GROUPS = (
 
 
 def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> None:
-    """Write a folder with the model's layers in few bits, head and rest in 16 bits, and the tokenizer.
+    """Quantise a merged model by GPTQ, and write it with its tokenizer as a folder.
 
-    Another seed calibrates on other rows. One seed always gives the same bytes on the same machine.
+    The linear layers get few bits; the head and the rest stay in 16. The seed decides which rows GPTQ is
+    calibrated on: one seed always gives the same bytes on the same machine.
 
     Raises:
         UserError: GPTQ does not take the model, no row is left to calibrate on, or the worker fails.
@@ -53,7 +54,7 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
         "sequences": encode_calibration_rows(run, rows),
     }
 
-    # The worker is another process, and wants what this one holds without using it.
+    # The worker is another process: give back the memory that this one holds without using it.
     gc.collect()
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as temporary, atomic_folder(out) as folder:
@@ -65,38 +66,44 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
 
 
 def check_model(run: Run) -> list[list[str]]:
-    """Check that GPTQ can take the run's model, and name its linear layers in the groups that are quantised together.
+    """Check that GPTQ can take a run's model, and sort the names of its linear layers into groups.
+
+    Returns:
+        The names within a decoder layer, such as mlp.up_proj. Those of one group are quantised together.
 
     Raises:
         UserError: The model has layers of other names, or of a size that GPTQ cannot take.
     """
+    # The matrices of the decoder layers; embeddings and head stay as they are.
     skeleton = model_skeleton(run.weights, run.contract)
     base_model = run.contract.base_model
-    shapes = {}
-    for name, shape in skeleton.shapes.items():
-        if ".layers." in name and len(shape) == 2:
-            shapes[name] = shape
+    matrix_shapes = {}
+    for weight_name, shape in skeleton.shapes.items():
+        if ".layers." in weight_name and len(shape) == 2:
+            matrix_shapes[weight_name] = shape
 
-    # A layer's name within its decoder's layer: model.layers.7.mlp.up_proj.weight is mlp.up_proj.
+    # Every decoder layer has the same names: model.layers.7.mlp.up_proj.weight becomes mlp.up_proj.
     layer_names = set()
-    for weight in shapes:
-        layer_names.add(re.sub(r".*\.layers\.\d+\.", "", weight).removesuffix(".weight"))
+    for weight_name in matrix_shapes:
+        name = re.sub(r".*\.layers\.\d+\.", "", weight_name).removesuffix(".weight")
+        layer_names.add(name)
 
     groups = []
     for group in GROUPS:
         groups.append([name for name in group if name in layer_names])
-        layer_names -= set(group)
-    has_other_layers = len(layer_names) > 0
-    if not shapes or has_other_layers:
+
+    # A layer that no group has would stay in 16 bits without anyone noticing.
+    unknown_names = layer_names.difference(*GROUPS)
+    if not matrix_shapes or unknown_names:
         raise UserError(
-            f"pairwise.package.quantize: GPTQ is for decoders with Llama's or Phi-3's names of layers, {base_model} is a "
-            f"{skeleton.config.model_type}; write int8, or none if it is small"
+            f"pairwise.package.quantize: GPTQ is for decoders whose layers are named as Llama's or Phi-3's, but "
+            f"{base_model} is a {skeleton.config.model_type}; write int8, or none if it is small"
         )
 
-    for weight, (outputs, inputs) in shapes.items():
+    for weight_name, (outputs, inputs) in matrix_shapes.items():
         if inputs % GROUP_SIZE != 0 or outputs % OUTPUTS != 0:
             raise UserError(
-                f"pairwise.package.quantize: GPTQ takes groups of {GROUP_SIZE} inputs and {OUTPUTS} outputs, {weight} of "
-                f"{base_model} has {inputs} and {outputs}; write nf4 or int8"
+                f"pairwise.package.quantize: GPTQ needs a multiple of {GROUP_SIZE} inputs and of {OUTPUTS} outputs, but "
+                f"{weight_name} of {base_model} has {inputs} and {outputs}; write nf4 or int8"
             )
     return groups

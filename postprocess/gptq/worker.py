@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 
 
 def main(job_file: Path, out: Path) -> None:
-    """Quantise a model and save it."""
-    # At its end Python would look for garbage among all that was imported, for a second.
+    """Quantise a model as a job says, which quantize.py wrote, and save it to the folder `out`."""
+    # Saves a second: at its end, Python would search all that was imported for garbage.
     atexit.register(gc.freeze)
 
     job = json.loads(job_file.read_text(encoding="utf-8"))
@@ -44,8 +44,9 @@ def main(job_file: Path, out: Path) -> None:
         calibration_rows.append({"input_ids": [ids], "attention_mask": [mask]})
     longest = max(len(ids) for ids in job["sequences"])
 
-    # Kept outputs go from layer to layer with the first one's mask, which is every layer's only
-    # within the window.
+    # The quantiser may keep a layer's outputs as the next one's inputs, and then gives all layers the
+    # first one's attention mask. With a sliding window, layers have different masks, which are equal only
+    # for sequences that fit into the window.
     window = getattr(model.config, "sliding_window", None)
     keeps_outputs = window is None or longest <= window
 
@@ -59,7 +60,7 @@ def main(job_file: Path, out: Path) -> None:
         block_name_to_quantize="model.layers",
         modules_in_block_to_quantize=job["groups"],
         cache_block_outputs=keeps_outputs,
-        # The backend whose words stay in the standard order when it is made ready to run.
+        # Other backends reorder the packed weights when they get ready to run; this one does not.
         backend="gptq_torch",
     )
     quantizer.quantize_model(model.to(device))
@@ -68,7 +69,7 @@ def main(job_file: Path, out: Path) -> None:
 
 def load_model(job: dict, device: str) -> torch.nn.Module:
     """Load the 16-bit model that a job names, in the dtype that is quick on the device."""
-    # float16 is several times slower on a CPU; what is kept is float16 either way.
+    # On a CPU, float16 is several times slower than float32. The result is saved in float16 either way.
     dtype = torch.float16 if device == "cuda" else torch.float32
     model_class = getattr(transformers, job["architecture"])
     return model_class.from_pretrained(
@@ -90,7 +91,7 @@ def save(model: torch.nn.Module, quantizer: GPTQQuantizer, out: Path) -> None:
     quantizer.save(model, str(out), max_shard_size="1TB")
     (out / "quantize_config.json").unlink()
 
-    # Only what loading needs, so that a package is the same on every machine.
+    # Keep only the settings that loading needs, so that a package is the same on every machine.
     versions = [f"{name}:{version(name)}" for name in ("optimum", "gptqmodel")]
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float16"

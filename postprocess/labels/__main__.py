@@ -41,9 +41,11 @@ from recipes.pairwise.graph.step import visible_gpus
 @exits_with_2
 def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
     """Label the rows of a teacher's pairs file."""
-    # It would make the recipe that of one fold.
+    # The variable makes a recipe hold out that one fold. A teacher labels with the runs of all folds.
     if "PAIRWISE_FOLD" in os.environ:
-        raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
+        raise UserError(
+            "PAIRWISE_FOLD is set, but a teacher labels with the runs of all its folds; unset it"
+        )
     recipe = read_recipe(find_recipe(teacher))
 
     # With several GPUs, a process for each fold scores first. Here its scores are then read and joined.
@@ -59,7 +61,7 @@ def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
 
 
 def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
-    """Score with each fold's run in a process of its own, one on each GPU at a time.
+    """Score with the run of each fold in a process of its own, one on each GPU at a time.
 
     Raises:
         UserError: A process failed; it has printed why.
@@ -70,14 +72,14 @@ def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
         if (recipe.run_folder / name).is_dir():
             run_names.append(name)
 
-    # There are as many threads as GPUs: a thread that begins with a run always finds a free one.
+    # There are as many threads as GPUs, so a thread that begins with a run always finds a free GPU.
     free_gpus: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
         free_gpus.put(gpu)
     with ThreadPoolExecutor(max_workers=len(gpus)) as threads:
         exit_codes = threads.map(score_on_free_gpu, repeat(recipe), run_names, repeat(free_gpus))
 
-    # By now every fold is scored to its end, even where one fails.
+    # The processes of all folds have ended by now, also where one of them failed.
     if any(exit_codes):
         raise UserError(f"{recipe.run_folder}: a fold could not be scored; see above")
 

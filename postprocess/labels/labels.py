@@ -36,9 +36,11 @@ class TeacherRun:
 
 
 def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 0) -> None:
-    """Write labels.parquet and labels.json of a teacher, and lockbox.json where there are lockbox rows.
+    """Label rows with a teacher: write to labels.parquet what probabilities its trained models give.
 
-    With `only_run`, the run of this name alone scores, and the files are left to another call.
+    labels.json records what made them. lockbox.json, written where the pairs file has lockbox rows, tells
+    how good the teacher is. With `only_run`, such as fold-0, this run alone scores, and the files are left
+    to another call.
 
     Raises:
         UserError: A run is missing, not complete, or of another pairs file.
@@ -53,13 +55,14 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
         score_with_run(selected_run, pairs, pairs_sha256, ray_workers)
         return
 
-    # A fold that is scored already is read from its chunks.
+    # What was scored before is read from the chunks that it left.
     tables = {}
     records = {}
     for teacher_run in teacher_runs:
         tables[teacher_run.name] = score_with_run(teacher_run, pairs, pairs_sha256, ray_workers)
         records[teacher_run.name] = describe_run(teacher_run)
-    # The same file whichever process has scored which chunk.
+
+    # labels.parquet is the same whichever process has scored which chunk.
     labels = average_runs(tables)
     with atomic_file(folder / LABELS) as temporary:
         labels.write_parquet(temporary)
@@ -83,8 +86,12 @@ def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> T
         return runs_by_name[name]
 
     if OWN_RUN in runs_by_name:
-        raise UserError(f"--run {name}: {folder} has no runs of its folds; leave --run out")
-    raise UserError(f"--run {name}: {folder} has the runs {', '.join(runs_by_name)}")
+        raise UserError(
+            f"--run {name}: {folder} is one run on its own, without runs of folds; leave --run out"
+        )
+    raise UserError(
+        f"--run {name}: {folder} has no such run; choose one of {', '.join(runs_by_name)}"
+    )
 
 
 def score_with_run(
@@ -93,14 +100,16 @@ def score_with_run(
     """Score the rows that a run was not trained on.
 
     Raises:
-        UserError: There is no such row.
+        UserError: The run was trained on every row.
     """
     rows = choose_rows(pairs, teacher_run.fold)
     if rows.is_empty():
         raise UserError(
-            f"{teacher_run.run.folder}: was trained on every row of its pairs file; hold out a fold, or add a pool"
+            f"{teacher_run.run.folder}: was trained on every row of its pairs file, so that there is none to "
+            "label; hold out a fold, or add a pool"
         )
-    # What was scored under another key is scored again.
+
+    # The key is what the scores depend on: those made with another key are made again.
     key = {"pairs_sha256": pairs_sha256, **describe_run(teacher_run)}
     chunks_folder = teacher_run.run.folder / CHUNKS
     return score_rows(teacher_run.run, rows, key, chunks_folder, ray_workers)
@@ -116,15 +125,20 @@ def describe_run(teacher_run: TeacherRun) -> dict[str, object]:
 def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[TeacherRun]:
     """Find the trained models of a teacher: one for each fold of a cross-validation, or its only one.
 
+    The recipe's run folder holds the model itself, or the folders fold-0, fold-1, … with a model each.
+
     Raises:
         UserError: The run of a fold is missing, or was trained on the fold's rows.
     """
-    folds = list_folds(pairs)
-    fold_folders = {fold: recipe.run_folder / f"fold-{fold}" for fold in folds}
-    is_cross_validation = any(
-        (fold_folder / "contract.json").is_file() for fold_folder in fold_folders.values()
-    )
-    if not is_cross_validation:
+    fold_folders = {}
+    for fold in list_folds(pairs):
+        fold_folders[fold] = recipe.run_folder / f"fold-{fold}"
+
+    # A training writes contract.json last. With one finished fold, all the others must be there too.
+    finished_folds = [
+        fold for fold, folder in fold_folders.items() if (folder / "contract.json").is_file()
+    ]
+    if not finished_folds:
         held_out_fold = read_fold(recipe.run_folder, pairs_sha256)
         return [TeacherRun(OWN_RUN, held_out_fold, read_run(recipe))]
 
@@ -133,11 +147,11 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
         held_out_fold = read_fold(fold_folder, pairs_sha256)
         if held_out_fold != fold:
             raise UserError(
-                f"{fold_folder / 'metrics.json'}: fold {held_out_fold} was held out here, not {fold}: this run was "
-                f"trained on the rows of fold {fold}; train it again with make cv R={fold_folder.parent.name}"
+                f"{fold_folder / 'metrics.json'}: this run held out fold {held_out_fold} and was trained on the rows "
+                f"of fold {fold}, which it is to label; train it again with make cv R={fold_folder.parent.name}"
             )
 
-        # The folds share a recipe: each run is read with the fold and the folder of its own.
+        # The folds share one recipe. Each run is read with a copy that has its own fold and folder.
         block = recipe.pairwise.model_copy(update={"fold": fold})
         recipe_of_fold = replace(recipe, run_folder=fold_folder, pairwise=block)
         runs.append(TeacherRun(fold_folder.name, fold, read_run(recipe_of_fold)))
@@ -145,10 +159,13 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
 
 
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:
-    """Read from a run's metrics.json which fold it was not trained on; None for a run that was trained on all rows.
+    """Read from a run's metrics.json which fold it was not trained on.
+
+    Returns:
+        The fold's number; None for a run that was trained on all rows.
 
     Raises:
-        UserError: There is no metrics.json, or it is of another pairs file.
+        UserError: There is no metrics.json, or the run was trained on another pairs file.
     """
     file = folder / "metrics.json"
     if not file.is_file():
@@ -156,11 +173,12 @@ def read_fold(folder: Path, pairs_sha256: str) -> int | None:
             f"{file}: no such file; train the teacher's folds with make cv R={folder.parent.name}"
         )
 
-    # Rows get their folds with the file: those of another one may be other rows.
+    # A row's fold is a column of the pairs file: in another file, fold 0 may have other rows.
     recorded = read_object(file)
     if recorded.get("pairs_sha256") != pairs_sha256:
         raise UserError(
-            f"{file}: trained on another pairs file than the recipe's as it is now; train again"
+            f"{file}: the run was trained on another pairs file than the one that the recipe names now; "
+            "train again"
         )
     fold = recorded.get("fold")
     return None if fold == "all" else fold
@@ -184,7 +202,7 @@ def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         id, runs (the names of those that scored the row), and the probabilities of the mean and of each
         order; sorted by id.
     """
-    # The mean of both orders has no suffix, each order its name.
+    # The columns of the mean of both orders have no suffix, those of one order end in its name.
     columns = []
     for suffix in SUFFIXES:
         columns += label_columns(suffix)
@@ -208,7 +226,7 @@ def measure_lockbox(
     if lockbox.is_empty():
         return
 
-    # Votes, and not labels, decide what is right.
+    # The labels are measured against what people voted.
     labels_rv = targets(lockbox, verdicts)
     winners_r = winners(lockbox, verdicts)
     scores = metrics.scores(stack_orders(lockbox, verdicts), labels_rv, winners_r)

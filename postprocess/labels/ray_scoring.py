@@ -62,12 +62,13 @@ def score_with_ray(run: Run, chunks: Sequence[Chunk], workers: int) -> Iterator[
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    # With GPUs, one worker holds one; without, a worker takes a core.
+    # A worker takes a whole GPU, or a core where the cluster has no GPUs.
     device = "GPU" if "GPU" in ray.cluster_resources() else "CPU"
     devices = int(ray.cluster_resources().get(device, 0))
     if workers > devices:
         raise UserError(
-            f"--ray {workers}: the cluster has {devices} {device}s; name no more workers"
+            f"--ray {workers}: the Ray cluster has only {devices} {device}(s), and a worker needs one; "
+            f"name at most {devices}"
         )
 
     items = [make_item(chunk) for chunk in chunks]

@@ -68,8 +68,8 @@ def score_rows(
 ) -> pl.DataFrame:
     """Score rows in both orders, into the table of metrics.predictions.
 
-    `folder` keeps the chunks. `key` is what the scores depend on: chunks that were made with another key are
-    made again.
+    The rows are scored in chunks, each with a file in `folder`, so that an interrupted call can go on.
+    `key` is what the scores depend on: chunks that were made with another key are made again.
 
     Raises:
         UserError: A probability is not finite.
@@ -77,7 +77,6 @@ def score_rows(
     prepare_folder(folder, key)
     chunks = list_chunks(rows, folder)
     missing_chunks = [chunk for chunk in chunks if not chunk.file.is_file()]
-    # An interrupted call has left the other chunks.
     rows_missing = sum(len(chunk.rows) for chunk in missing_chunks)
 
     # Nothing is loaded where every chunk is there already.

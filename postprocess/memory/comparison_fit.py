@@ -21,12 +21,12 @@ CHECKED_SHARE_OF_GPUS = WEIGHTS_SHARE_OF_GPU - 0.1
 
 
 def check_comparison(run: Run) -> None:
-    """Check that this machine can compare a package with the model as trained, before one of them is loaded.
+    """Check that this machine has the memory to compare a run's package with the model as trained.
 
-    They are loaded one after another, so that the largest one decides.
+    This is computed before any model is loaded. They are loaded one after another, so the largest decides.
 
     Raises:
-        UserError: It does not fit, or Kaggle's T4s cannot run the model.
+        UserError: The largest model does not fit, or Kaggle's T4s cannot run the model.
     """
     served = served_of(run.recipe, measure_folder(run.weights))
     has_gpu = torch.cuda.is_available()
@@ -46,12 +46,19 @@ def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
     Returns:
         The bytes by the model's name: trained, unmerged, merged.
     """
-    # Only linear layers are quantised; the rest stays in 16 bits. An int8 weight is one byte.
-    elements = sum(weight.elements for weight in served.weights)
-    layer_elements = sum(weight.elements for weight in served.weights if weight.kind == "linear")
-    rest_bytes = FLOAT16_BYTES * (elements - layer_elements)
-    nf4_bytes = int(layer_elements * NF4_BYTES) + rest_bytes
-    int8_bytes = layer_elements + rest_bytes
+    # Only linear layers are quantised, and all other tensors stay in 16 bits.
+    linear_weights = 0
+    other_weights = 0
+    for tensor in served.weights:
+        if tensor.kind == "linear":
+            linear_weights += tensor.elements
+        else:
+            other_weights += tensor.elements
+    other_bytes = FLOAT16_BYTES * other_weights
+
+    # The same model with its linear layers in 4 bits, or in 8: one byte a weight.
+    nf4_bytes = int(linear_weights * NF4_BYTES) + other_bytes
+    int8_bytes = linear_weights + other_bytes
 
     # The trained model is loaded as training had it: QLoRA's base is quantised.
     quantization = trained_quantization(run)
@@ -69,8 +76,8 @@ def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
     if adapter != "merged":
         bytes_by_model["unmerged"] = nf4_bytes
     if adapter != "unmerged":
-        weight_size = FLOAT16_BYTES if has_gpu else FLOAT32_BYTES
-        bytes_by_model["merged"] = weight_size * elements
+        bytes_per_weight = FLOAT16_BYTES if has_gpu else FLOAT32_BYTES
+        bytes_by_model["merged"] = bytes_per_weight * (linear_weights + other_weights)
     return bytes_by_model
 
 

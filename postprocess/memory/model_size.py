@@ -49,7 +49,9 @@ class Served:
 
 
 def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
-    """Describe the packaged model of a recipe in numbers; without `base`, its base model is looked up by its name.
+    """Describe the model that a recipe will package in numbers: the sizes that its memory depends on.
+
+    Without `base`, the sizes of its base model are looked up by the base model's name.
 
     With `adapter: best`, the adapter is merged or stays apart, whichever is nearer to the trained model. That
     is not known yet, so the larger package of the two is described: the one with the adapter apart.
@@ -70,11 +72,10 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
     if reason is not None:
         raise UserError(f"{recipe.path}: base_model: {base_name}: {reason}")
 
-    # An adapter that is merged has no bytes of its own.
+    # Only an adapter that stays apart has bytes of its own: rank 0 stands for none.
     lora_rank = 0
     lora_targets = ()
-    may_stay_apart = block.package.adapter != "merged"
-    if may_stay_apart:
+    if block.package.adapter != "merged":
         lora_rank = recipe.axolotl.get("lora_r") or PEFT_RANK
         lora_targets = tuple(recipe.axolotl.get("lora_target_modules") or ())
     return Served(
@@ -89,11 +90,12 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
 
 
 def packed_bytes(weight: Weight, quantize: str) -> tuple[int, int]:
-    """Compute the bytes of a tensor as packaged.
+    """Compute the bytes that a tensor takes in a package.
 
     Returns:
-        The tensor's bytes, and those of the state that its quantisation needs besides.
+        The bytes of its numbers, and those of the scales and tables that decoding them needs.
     """
+    # Only linear layers are quantised.
     if weight.kind != "linear" or quantize == "none":
         return FLOAT16_BYTES * weight.elements, 0
 
@@ -144,6 +146,7 @@ def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -
 
     A GPU has `byte_limit` bytes for weights; None for no limit.
     """
+    # By the tensor's name: the bytes that it takes, and its number of elements.
     sizes = {}
     for weight in served.weights:
         packed, state = packed_bytes(weight, served.quantize)
@@ -154,8 +157,8 @@ def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -
     if served.base.is_encoder:
         raise ValueError("an encoder's layers are not split")
 
-    # The kernel too divides the model with these two functions: `list_parts` lists what must stay on one
-    # GPU, such as a layer, and `balance` chooses the number of its GPU.
+    # The kernel divides a model with the same two functions: `list_parts` lists the parts that may not be
+    # divided, such as a layer, and `balance` chooses a GPU for each of them.
     parts = list(list_parts(sizes).values())
     gpu_of_parts = balance(parts, gpus, byte_limit)
     bytes_by_gpu = [0] * gpus
@@ -183,14 +186,14 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     attention = "softcap" if served.softcap else "plain"
     measured = served.base.batches[attention]
 
-    # Attention holds a score for each two tokens of a row: for a token, as many as its row is long.
-    # Attention and MLP follow each other, so that only the larger of the two counts.
+    # Attention holds a score for every two tokens of a row, so for one token as many as its row has tokens.
+    # Attention and MLP run one after the other: only the larger of the two counts.
     scores_per_token = measured.attention_per_score * longest_row
     attention_per_token = measured.attention_per_token + scores_per_token
     bytes_per_token = max(measured.mlp_per_token, attention_per_token)
 
-    # This was measured on a classifier in 16 bits. A quantised layer is unpacked besides, and a causal LM
-    # computes the logits of its vocabulary.
+    # The figures so far were measured on a classifier in 16 bits. A quantised model also unpacks its layers,
+    # and a causal LM computes logits.
     unpacked = unpacked_bytes(served, tokens)
     logits = logit_bytes(served, tokens_per_batch)
     return tokens * bytes_per_token + unpacked + logits

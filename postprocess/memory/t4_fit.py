@@ -49,22 +49,25 @@ class Use:
 
 
 def check_target(run: Run) -> None:
-    """Print what the package will weigh and what each of Kaggle's T4s will hold, in every kernel that serves it.
+    """Check that a run's package will fit Kaggle's two T4s in one of the kernels that serve it.
+
+    The size of the package, and what each T4 will hold in each kernel, are computed and printed before the
+    package is made.
 
     Raises:
-        UserError: No kernel could hold it, or Kaggle's T4s cannot run its kind.
+        UserError: The package fits in no kernel, or Kaggle's T4s cannot run this kind of model.
     """
     from recipes.pairwise.memory.measure import measure_folder  # noqa: PLC0415  needs torch
 
     recipe = run.recipe
-    # The base model that the run was trained from, which may be a local copy of the recipe's.
+    # The sizes are read from the files of the base model that the run was trained from.
     served = served_of(recipe, measure_folder(run.weights))
     print(describe_size(served))
 
     uses = find_uses(recipe.path.stem)
     refusals = []
     for use in uses:
-        # A spec may set a token budget of its own.
+        # A kernel's spec may set another token budget (the most tokens of a row) than the recipe.
         budget_tokens = use.budget_tokens or served.budget_tokens
         served_here = replace(served, budget_tokens=budget_tokens)
         placement, needs = place(served_here, use.tokens_per_batch, use.placement)
@@ -75,7 +78,7 @@ def check_target(run: Run) -> None:
             )
             refusals.append(reason)
 
-    # Other kernels may have a smaller batch: one kernel that holds it is enough.
+    # Kernels differ, e.g. in their batches. One that can hold the package is enough.
     is_refused_by_all = len(refusals) == len(uses)
     if is_refused_by_all:
         raise UserError(f"{recipe.path}: {refusals[0]}")
@@ -93,7 +96,11 @@ def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
 
 
 def read_uses(spec_path: Path, run: str) -> list[Use]:
-    """Read how a kernel's spec serves a run: a use for each package of the run in the spec."""
+    """Read from a spec, which lists the packages of one kernel, how the kernel serves a run.
+
+    Returns:
+        A use for each package of the run in the spec; none where it serves other runs.
+    """
     spec = read_yaml(spec_path)
     tokens_per_batch = int(spec.get("tokens_per_batch", TOKENS_PER_BATCH))
     budget_tokens = spec.get("budget_tokens")
@@ -119,9 +126,12 @@ def describe_size(served: Served) -> str:
 
 
 def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[int]) -> str:
-    """Describe what each T4 holds in one kernel, part by part, in one line."""
-    # As many batches are in flight as GPUs share the model, and each GPU keeps memory for all of them.
-    # activation_bytes counts the logits too, which are shown apart.
+    """Describe in one line what each T4 holds in a kernel: weights, activations, logits and CUDA.
+
+    `placement` and `needs` are what `place` returns.
+    """
+    # Where GPUs share a model, each of them has a batch in work at the same time, and each GPU keeps the
+    # memory for all these batches. activation_bytes counts the logits too, which are shown apart.
     gpus = len(needs)
     logits = gpus * logit_bytes(served, use.tokens_per_batch)
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
@@ -195,15 +205,16 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
 
 
 def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> dict[str, int]:
-    """List single changes of spec or recipe that need less memory.
+    """List single changes of a kernel's spec or of the recipe that need less memory.
 
     Returns:
-        The bytes on the fullest GPU, by the change in words. Not all of them are few enough.
+        For each change, in words such as `tokens_per_batch: 4096`, the bytes on the fullest GPU. They may
+        still be too many.
     """
     sizes = {}
 
-    # A smaller batch, which must still hold the longest row. The first one that fits is the largest, as
-    # smaller ones only cost time.
+    # Smaller batches, of which the largest that fits is listed: still smaller ones only cost time. A batch
+    # must hold the longest row.
     for fewer_tokens in SMALLER_BATCHES:
         is_possible = served.budget_tokens <= fewer_tokens < tokens
         size = measure_fullest_gpu(served, fewer_tokens, placement)
@@ -211,7 +222,7 @@ def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> d
             sizes[f"tokens_per_batch: {fewer_tokens}"] = size
             break
 
-    # Another placement: `each` forbids to divide the layers over both GPUs.
+    # Another placement: layers divided over both GPUs, which `each` forbids.
     if placement == "each":
         sizes["placement: split"] = measure_fullest_gpu(served, tokens, "auto")
 

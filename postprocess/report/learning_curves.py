@@ -53,13 +53,14 @@ class LearningChart:
 
 
 def make_learning_charts(run: RunData) -> list[LearningChart]:
-    """Make the charts of loss, accuracy and learning rate, without those that have no curve."""
+    """Make the charts of loss, accuracy and learning rate by step; one without any curve is left out."""
     loss = []
     accuracy = []
     learning_rate = []
     folds = {name: fold for name, fold in run.folds.items() if fold.history}
     for name, fold in folds.items():
-        # A smoothed loss, over its raw values. With several folds, the raw values would hide it.
+        # The smoothed loss is drawn over its raw values. These are left out where there are several folds:
+        # they would hide the curves.
         training_loss = read_curve(fold.history, "loss")
         if len(folds) == 1:
             loss.append(Series("raw", training_loss))
@@ -129,7 +130,7 @@ def smooth(curve: Curve) -> Curve:
 
     smoothed = []
     for place, (step, _) in enumerate(curve):
-        # As far to the left as to the right, or the ends would be drawn inwards.
+        # Reach equally far to both sides: a lopsided mean would bend the ends of a rising or falling curve.
         reach = min(widest_reach, place, last - place)
         neighbourhood = values[place - reach : place + reach + 1]
         smoothed.append((step, float(neighbourhood.mean())))

@@ -113,11 +113,12 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
     probabilities_rov = stack_orders(rows, verdicts)
     mean_rv = probabilities_rov.mean(axis=1)
 
-    # As in training: without a verdict for ties, `targets` gives half of a tie to each side.
+    # Labels are the same as in training. For a model without the verdict tie, `targets` counts a tie as
+    # half a vote for each response.
     labels_rv = targets(select_labels(predictions), verdicts).astype(np.float64)
     winners_r = winners(rows, verdicts)
 
-    # Every estimate multiplies the counts with float64: convert them once.
+    # Every estimate multiplies these counts by float64 numbers: converting them once saves time.
     draws = resample(groups_of(rows))
     resamples = Resamples(draws.group_r, draws.counts_sg.astype(np.float64))
 
@@ -152,7 +153,10 @@ def make_table_row(
     losses_r: np.ndarray,
     mask_r: np.ndarray | None = None,
 ) -> TableRow:
-    """Compute one table row from the verdicts and losses of the model or a baseline."""
+    """Compute a table row on the page, from the verdicts and losses of the model or a baseline.
+
+    `mask_r` says which pairs count, such as those of one language; None for all.
+    """
     if mask_r is None:
         mask_r = np.full(len(losses_r), True)
     return TableRow(
@@ -222,15 +226,20 @@ def constant_baseline(scored: ScoredRows) -> Baseline:
 
 
 def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
-    """Measure the guess that the longer answer wins, as sure as it is often right."""
-    # Which verdict names the longer answer of each row. Of equal ones it is A, as in metrics.json.
+    """Measure the guess that the longer answer wins.
+
+    Its probabilities are shares of these rows: if the longer answer wins 60 % of them, it says 0.6 each time.
+    """
+    # For each row, the index of the verdict that says that the longer answer wins. Of two equally long
+    # answers, A counts as the longer one, as in metrics.json.
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
     longer_is_a_r = lengths.response_a_r >= lengths.response_b_r
     longer_r = np.where(longer_is_a_r, place_of_a, place_of_b)
     shorter_r = np.where(longer_is_a_r, place_of_b, place_of_a)
 
-    # A tie, where the model has one, gets its share in these rows.
+    # All verdicts get their shares in these rows. Then the shares of the longer and the shorter answer replace
+    # those of A and B; a tie, where the model has this verdict, keeps its own.
     row_count = len(longer_r)
     rows = np.arange(row_count)
     probabilities_rv = np.tile(scored.labels_rv.mean(axis=0), (row_count, 1))
@@ -275,7 +284,7 @@ def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[Tab
 
 def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
     """Compute a table row for each quarter of the data by length, the shortest texts first."""
-    # The longest row of each quarter; quarters that end at the same length become one.
+    # Where each quarter ends: the length of its longest text. Quarters with the same end become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
     longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))
 
@@ -294,7 +303,7 @@ def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]
 def slice_by_longer_answer(scored: ScoredRows, lengths: Lengths) -> list[TableRow]:
     """Compute a table row each for: the longer answer won, the shorter answer won, a tie.
 
-    Pairs with equally long answers are in none of the first two.
+    Pairs with equally long answers are in neither of the first two.
     """
     a_won_r = scored.winners_r == scored.verdicts.index("model_a")
     b_won_r = scored.winners_r == scored.verdicts.index("model_b")

@@ -83,27 +83,29 @@ def make_environment() -> jinja2.Environment:
 
 
 def model_facts(run: RunData) -> list[tuple[str, str]]:
-    """List facts of the model, name and text: recipe, base model, commit, date, head, token budget.
+    """List facts about the model for the head of the page.
 
-    What is not known has an empty text.
+    Returns:
+        A name and a text for each fact; the text is empty where the fact is not known.
     """
     contract = run.first_fold.contract
     record = training_record(contract)
 
-    # A base model from a hub has a revision, one from a folder has none.
+    # Only a base model from the hub has a revision, the commit of its repository.
     base_model = contract.get("base_model", "")
     revision = contract.get("revision")
     if revision:
         base_model = f"{base_model} at {revision[:HASH_DIGITS]}"
 
-    # The commits of all folds, shortened, with -dirty where it applies.
+    # The commits of this project that the folds were trained with. Each is shortened to 12 digits and keeps
+    # its ending -dirty, which stands for changes that were not committed.
     commits = set()
     for fold in run.folds.values():
         commit = training_record(fold.contract).get("git_commit")
         if commit:
             commits.add(re.sub(r"^(\w{12})\w+", r"\1", commit))
 
-    # An ISO time, such as 2026-11-25T09:43:39+00:00.
+    # 2026-11-25T09:43:39+00:00 becomes 2026-11-25 09:43:39 UTC.
     created = record.get("created", "").replace("T", " ").replace("+00:00", " UTC")
 
     return [
@@ -117,7 +119,7 @@ def model_facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def row_facts(run: RunData) -> list[tuple[str, str]]:
-    """List facts of the rows, name and text: the fold, how many were measured, how many trained on."""
+    """List facts about the rows, a name and a text each: held-out folds, rows measured, rows trained on."""
     folds = set()
     training_rows = set()
     for fold in run.folds.values():
@@ -147,7 +149,7 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def training_facts(run: RunData) -> list[tuple[str, str]]:
-    """List facts of the training of all folds, name and text: steps, duration, data, versions of libraries."""
+    """List facts about the training, a name and a text each: steps, time of all folds, data, libraries."""
     metrics = run.first_fold.metrics
     steps = metrics.get("steps", 0)
     seconds = sum(fold.metrics.get("seconds_training", 0) for fold in run.folds.values())

@@ -26,15 +26,15 @@ class PositionBias:
 
 
 def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
-    """Measure the position bias over all rows; None if no probability changes with the order."""
+    """Measure how much verdicts depend on which answer stands first; None if no probability does."""
     as_given_rv = scored.probabilities_rov[:, 0]
     swapped_rv = scored.probabilities_rov[:, 1]
 
-    # A reward model scores each answer alone: no order, no bias.
+    # A reward model scores each answer alone, so that it has no position bias.
     if np.array_equal(as_given_rv, swapped_rv):
         return None
 
-    # Each order alone, as if it were the model, beside the mean of both.
+    # Accuracy and log loss if only one order was used, beside those of the mean of both.
     is_right_r = rows_are_right(as_given_rv, scored.winners_r)
     losses_r = row_losses(as_given_rv, scored.labels_rv)
     swapped_is_right_r = rows_are_right(swapped_rv, scored.winners_r)

@@ -74,13 +74,13 @@ def read_predictions(file: Path) -> Predictions:
     missing = [column for column in required if column not in rows.columns]
     if missing:
         raise UserError(
-            f"{file}: no column {', '.join(missing)}; it was not written by axolotl train; "
-            "train again"
+            f"{file}: there is no column {', '.join(missing)}, so axolotl train of this version did not write "
+            "the file; train again"
         )
 
-    # The ids join the rows with their pairs.
+    # Each id must be there once: rows are joined with their pairs by it.
     if rows.is_empty():
-        raise UserError(f"{file}: no rows; train again")
+        raise UserError(f"{file}: holds no rows; train again")
     if rows["id"].is_duplicated().any():
         raise UserError(f"{file}: an id occurs twice; train again")
 
@@ -151,14 +151,15 @@ def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
 
 
 def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
-    """Find out whether a comparison of models was made with these predictions.
+    """Find out whether packaged and trained model were compared on these predictions, or on earlier ones.
 
     Args:
         agreement_rows: agreement.parquet: two rows a pair, one for each order, with the
             predictions of that time as recorded_p_VERDICT.
         predictions: The rows of predictions.parquet, which a later training may have replaced.
     """
-    # A mean of runs has no record: its predictions are those of the model as trained.
+    # For a mean of runs, agreement.parquet has no recorded predictions. Those of the model as trained are the
+    # same numbers.
     prefix = "recorded_" if "recorded_p_model_a" in agreement_rows.columns else "trained_"
     required_columns = {"id", "order", f"{prefix}p_model_a"}
     if not required_columns <= set(agreement_rows.columns):
@@ -168,9 +169,10 @@ def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) ->
     for (order,), order_rows in agreement_rows.group_by("order"):
         joined = order_rows.join(predictions, on="id", how="left")
         for column in compared_columns:
-            # recorded_p_tie of the swapped order was p_tie_swapped among the predictions.
+            # For the swapped order, recorded_p_tie corresponds to p_tie_swapped of the predictions.
             predicted = joined[f"{column.removeprefix(prefix)}_{order}"]
-            # A row that has no prediction now counts as different.
+
+            # A row that has no prediction any more counts as different.
             differences = (joined[column] - predicted).abs().fill_null(1.0)
             if differences.max() > SAME_PROBABILITY:
                 return False

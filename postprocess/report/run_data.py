@@ -149,16 +149,22 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
 
 
 def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
-    """Decide whether to measure oof.parquet instead of the run's own predictions."""
+    """Decide whether to report on oof.parquet instead of the run's own predictions.
+
+    oof.parquet has out-of-fold predictions: each row's is by the fold's model that did not train on it.
+    """
     file = folder / OUT_OF_FOLD
     if not file.is_file():
         if is_wanted:
-            raise UserError(f"{file}: no such file; make cv R={folder.name} writes it")
+            raise UserError(
+                f"{file}: no such file; train all folds with make cv R={folder.name}, which writes it"
+            )
         return False
     if is_wanted:
         return True
 
-    # Predictions of rows that the model was trained on say nothing about its accuracy.
+    # The user does not ask for oof.parquet. It is still the better choice where the model was trained on the
+    # rows that it predicted: that would say nothing about its accuracy.
     has_predictions = (folder / PREDICTIONS).is_file()
     metrics = read_optional(folder / METRICS)
     return not has_predictions or bool(metrics.get("rows_were_trained_on"))
@@ -170,23 +176,24 @@ def find_fold_folders(folder: Path) -> list[Path]:
     fold_folders = sorted(folder.glob("fold-*"), key=lambda path: (len(path.name), path.name))
     if not fold_folders:
         raise UserError(
-            f"{folder}: no fold-0 beside {OUT_OF_FOLD}; train with make cv R={folder.name}"
+            f"{folder}: holds no fold-0 beside {OUT_OF_FOLD}; train all folds with make cv R={folder.name}"
         )
     return fold_folders
 
 
 def read_fold(folder: Path) -> Fold:
-    """Read what the training left in a folder."""
-    # It is written last: where it is, the other files are too.
+    """Read what a training left in a folder: its contract, its metrics and its log."""
+    # A training writes the contract last: where it is, the other files are too.
     contract_file = folder / CONTRACT
     if not contract_file.is_file():
-        reason = (
-            f"no {CONTRACT}, with which a training ends" if folder.is_dir() else "no such folder"
-        )
+        reason = "there is no such folder"
+        if folder.is_dir():
+            reason = f"holds no {CONTRACT}, the file that a training writes last"
         raise UserError(
-            f"{folder}: {reason}; name a run's folder, which axolotl train or "
+            f"{folder}: {reason}; name the folder of a run, which axolotl train or "
             "python -m postprocess fills"
         )
+
     return Fold(
         contract=read_object(contract_file),
         metrics=read_object(folder / METRICS),
@@ -217,14 +224,14 @@ def read_history(file: Path) -> list[dict]:
 
 
 def find_pairs_file(folders: Iterable[Path], contract: Mapping) -> Path:
-    """Find the pairs file that the model was trained on."""
-    # run.json holds the `pairwise:` block that the run was started with.
+    """Find the pairs file that the model was trained on; `folders` are those of the run or its folds."""
+    # run.json has the recipe's block `pairwise:` as it was when the run was started.
     for folder in folders:
         block = read_optional(folder / "run.json").get("block")
         if isinstance(block, dict) and block.get("pairs"):
             return Path(block["pairs"])
 
-    # Where nothing was trained, the recipe as it is today.
+    # A run that nobody trained has no run.json: look into the recipe as it is today.
     recipe = Path("recipes") / str(training_record(contract).get("recipe"))
     if recipe.is_file():
         block = read_yaml(recipe).get("pairwise")
@@ -243,8 +250,8 @@ def read_verdicts(contract_file: Path, contract: Mapping) -> tuple[str, ...]:
     possible_orders = [*permutations(VERDICTS[:2]), *permutations(VERDICTS)]
     if not isinstance(verdicts, list) or tuple(verdicts) not in possible_orders:
         raise UserError(
-            f"{contract_file}: verdicts are {verdicts}, expected model_a and model_b, "
-            "with or without tie; train again"
+            f"{contract_file}: the verdicts are {verdicts}, but a report needs model_a and model_b, with or "
+            "without tie; train again"
         )
     return tuple(verdicts)
 
@@ -258,12 +265,12 @@ def read_agreement(folder: Path) -> tuple[Agreement | None, str | None]:
     file = folder / AGREEMENT
     if not file.is_file():
         return None, (
-            "The run was not packaged yet: `pairwise package` compares the models and writes "
+            "The run was not packaged yet: run `pairwise package`, which compares the models and writes "
             "agreement.json."
         )
 
-    # A file of an earlier training compares other models than those of today's predictions, and an
-    # earlier version of this project wrote fewer keys.
+    # The files may be older than today's predictions: of an earlier training, or of an earlier version of
+    # this project, which wrote fewer keys.
     report = read_object(file)
     rows = read_table(folder / "agreement.parquet")
     is_current = report.keys() >= AGREEMENT_KEYS
@@ -272,7 +279,7 @@ def read_agreement(folder: Path) -> tuple[Agreement | None, str | None]:
         is_current = is_comparison_of(rows, predictions.rows)
     if not is_current:
         return None, (
-            "agreement.json is of an earlier training or version: `pairwise package` compares the "
-            "models again."
+            "agreement.json is from an earlier training or an earlier version of this project: run "
+            "`pairwise package`, which compares the models again."
         )
     return Agreement(report, rows), None

@@ -218,10 +218,10 @@ def draw_reliability(calibration: Calibration) -> Markup:
     Each bin is a dot, its area by the number of rows, its whisker the interval of its accuracy. A
     calibrated model has its dots on the diagonal.
     """
-    # A tick at every tenth, from the lowest confidence on.
+    # The axis of confidence begins at the lowest one possible, and has a tick at every tenth.
     bins = calibration.bins
     lowest_confidence = calibration.lowest_confidence
-    first_tenth = math.ceil(round(lowest_confidence * 10, 6))  # of a third, 4
+    first_tenth = math.ceil(round(lowest_confidence * 10, 6))  # 4, where the lowest is 1/3
     ticks = tuple(tenth / 10 for tenth in range(first_tenth, 11))
     confidence_scale = Scale(lowest_confidence, 1.0, ticks)
     axes = Axes(
@@ -238,7 +238,8 @@ def draw_reliability(calibration: Calibration) -> Markup:
         high_y = f"{axes.place_y(accuracy.high):.1f}"
         parts.append(draw_line("whisker", (x, x), (low_y, high_y)))
 
-        # The root, since the eye compares areas. The numbers show when the mouse is over the dot.
+        # The radius grows with the root of the number of rows, since the eye compares areas. The numbers
+        # appear while the mouse is over the dot.
         size = math.sqrt(filled_bin.row_count / most_rows)
         radius = SMALLEST_DOT + (LARGEST_DOT - SMALLEST_DOT) * size
         numbers = (

@@ -86,12 +86,12 @@ def rank_wrong_rows(scored: ScoredRows) -> list[int]:
 
 
 def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
-    """Make a row ready for the page."""
+    """Make a row, which stands at `place` in the arrays of `scored`, ready for the page."""
     facts = [row.get("language"), row.get("source")]
     if row["fold"] is not None:
         facts.append(f"fold {row['fold']}")
 
-    # Each order on its own, since a row may be wrong in one only, and the mean that decides.
+    # Show both orders, as a row may be wrong in one of them only, and their mean, which decides.
     probabilities = {}
     for order_place, order in enumerate(ORDERS):
         name = order.replace("_", " ")
@@ -126,7 +126,7 @@ def cut_turns(turns: Sequence[str | None] | None, limit: int) -> tuple[Text, ...
 
 
 def cut_text(text: str, limit: int) -> Text:
-    """Cut a text for the page into its beginning, a rest that opens on a click, and what is left out.
+    """Cut a text for the page into a beginning that shows, and a rest that opens on a click.
 
     Args:
         text: One turn of a prompt or answer.
@@ -136,16 +136,16 @@ def cut_text(text: str, limit: int) -> Text:
     text = show_controls(text)
     longest_uncut = int(limit * SLACK)
     beginning = text[:longest_uncut]
-
-    # Many short lines take as much room on the page as a long text.
     has_many_lines = beginning.count("\n") > MAX_LINES
+    if len(text) <= longest_uncut and not has_many_lines:
+        return Text(text)
+
+    # Many short lines take as much room on the page as a long text: the beginning ends after MAX_LINES.
     if has_many_lines:
         lines = beginning.split("\n")[:MAX_LINES]
         limit = min(limit, len("\n".join(lines)))
-    elif len(text) <= longest_uncut:
-        return Text(text)
 
-    # A browser becomes slow with a text of a million characters, even a hidden one.
+    # Of a very long rest, only a part is on the page: even hidden text makes a browser slow.
     cut = find_cut(text, limit)
     rest = text[cut:]
     left_out = max(0, len(rest) - MAX_REST_CHARACTERS)

@@ -46,13 +46,13 @@ B_NAME = re.compile(r".+\.(lora_B\.weight|lora_embedding_B)")
 
 
 def average(recipe: Recipe, members: Sequence[Path]) -> None:
-    """Fill a run folder with the mean of several runs' adapters.
+    """Fill a run folder with the mean of several runs' adapters, as if it had been trained.
 
-    The validation rows are the fixed sample of a run that trained on everything, since most of them
-    were trained on by some member.
+    Most rows were trained on by some member. So the mean is scored on the fixed sample of rows that a run
+    gets which was trained on everything.
 
     Raises:
-        UserError: The members are not runs of one contract, or have no mean (DoRA).
+        UserError: The members were trained differently, or have no mean (DoRA).
     """
     folder = recipe.run_folder
     first = members[0]
@@ -60,15 +60,16 @@ def average(recipe: Recipe, members: Sequence[Path]) -> None:
     contract, model_input = read_contract(first)
     check_recipe(replace(recipe, run_folder=first), contract, has_adapter=True)
 
-    # Nothing of an earlier run may vouch for this one.
+    # Remove what an earlier run left: its contract and results must not be taken for the mean's.
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*RESULT_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "config.json"):
         (folder / name).unlink(missing_ok=True)
+
+    # The members share one tokenizer and one contract: the first member's are copied. The contract comes
+    # after the adapter, because a folder with a contract counts as complete.
     for name in ("model_input.py", "config.json", *contract.tokenizer_sha256):
         if (first / name).is_file():
             shutil.copyfile(first / name, folder / name)
-
-    # The contract comes after the adapter, for which it vouches.
     rank = write_adapter(folder, members)
     shutil.copyfile(first / "contract.json", folder / "contract.json")
     print(f"  the mean of {len(members)} adapters, of rank {rank}: {', '.join(map(str, members))}")
@@ -78,18 +79,25 @@ def average(recipe: Recipe, members: Sequence[Path]) -> None:
 
 
 def check_members(members: Sequence[Path], mean_folder: Path) -> None:
-    """Check that the members are runs with LoRA adapters of one contract, since others have no mean."""
-    if len({member.resolve() for member in members}) < len(members):
-        raise UserError("--adapter: a folder is named twice; each run counts once")
+    """Check that the members of a mean are runs with LoRA adapters, trained in the same way.
+
+    Raises:
+        UserError: A folder is no such run, is named twice, or was trained differently than the first one.
+    """
+    different_folders = {member.resolve() for member in members}
+    if len(different_folders) < len(members):
+        raise UserError("--adapter: a folder is named twice; name each run once")
+
     for member in members:
         if member.resolve() == mean_folder.resolve():
             raise UserError(
-                f"--adapter {member}: the mean is written there; name the runs that it is the mean of"
+                f"--adapter {member}: the mean itself is written to this folder; name the runs that it is the "
+                "mean of"
             )
         for name in (ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "contract.json", "model_input.py"):
             if not (member / name).is_file():
                 raise UserError(
-                    f"{member}: no {name}; --adapter takes the folder of a trained LoRA run"
+                    f"{member}: there is no {name}; --adapter takes the folder of a trained LoRA run"
                 )
 
     # The mean gets the first member's tokenizer and contract, which the others must share.
@@ -107,20 +115,24 @@ def check_alike(first: Path, other: Path) -> None:
     for file, key in {**first_facts, **other_facts}:
         if first_facts.get((file, key)) != other_facts.get((file, key)):
             raise UserError(
-                f"{other / file}: {key} is not that of {first}; only adapters that were trained "
-                "with one recipe on one base have a mean"
+                f"{other / file}: {key} has another value than in {first}; average only adapters that were "
+                "trained with one recipe on one base"
             )
 
 
 def read_facts(folder: Path) -> dict[tuple[str, str], object]:
-    """Read what the members of a mean must share: values by file and key."""
+    """Read from a run's folder what all members of a mean must have in common.
+
+    Returns:
+        The values by file and key, such as ("adapter_config.json", "r").
+    """
     facts = {}
     contract, _ = read_contract(folder)
     for key, value in asdict(contract).items():
         if key != "recorded":
             facts["contract.json", key] = value
 
-    # With one recipe, ranks, scalings and modules are the same; PEFT's version need not be.
+    # Ranks, scalings and names of modules come from the recipe. PEFT's version may differ.
     for key, value in adapter_settings(folder).items():
         # PEFT writes sets as lists, in any order.
         if isinstance(value, list):
@@ -146,8 +158,8 @@ def write_adapter(folder: Path, members: Sequence[Path]) -> int:
     check_settings(settings, members[0] / ADAPTER_SETTINGS)
     if settings.get("use_dora"):
         raise UserError(
-            f"{members[0]}: was trained with DoRA, which rescales rows: no adapter is the mean of that; train with "
-            "peft_use_dora: false, or package the runs apart and let a kernel average them"
+            f"{members[0]}: was trained with DoRA, which also rescales the base's weights, so that no adapter is the "
+            "mean of several; train with peft_use_dora: false, or package each run and let a kernel average them"
         )
 
     mean_tensors = {}
@@ -172,13 +184,19 @@ def check_same_tensors(adapters: Sequence[Tensors]) -> None:
     """Raise UserError unless all adapters hold the same tensors, in the same shapes."""
     first = adapters[0]
     for adapter in adapters[1:]:
-        names_in_one_of_both = set(first.names()) ^ set(adapter.names())
-        for name in sorted(names_in_one_of_both):
-            raise UserError(f"{adapter.path}: {name} is in it or in {first.path}, not in both")
+        names_in_one_only = set(first.names()) ^ set(adapter.names())
+        if names_in_one_only:
+            raise UserError(
+                f"{adapter.path}: {min(names_in_one_only)} is only in this adapter or only in {first.path}; "
+                "average only adapters that were trained with one recipe"
+            )
 
         for name in first.names():
             if adapter.shape(name) != first.shape(name):
-                raise UserError(f"{adapter.path}: {name} has another shape than in {first.path}")
+                raise UserError(
+                    f"{adapter.path}: {name} has another shape than in {first.path}; average only adapters "
+                    "that were trained with one recipe"
+                )
 
 
 def read_finite(adapter: Tensors, name: str) -> torch.Tensor:
@@ -202,20 +220,24 @@ def join_tensors(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def make_settings(settings: dict, member_count: int) -> dict:
-    """Make adapter_config.json, PEFT's settings, of the mean of several adapters, of which each has these settings."""
-    # PEFT multiplies B A by alpha / rank, with rsLoRA by alpha / √rank, which must stay as it is. A
-    # pattern sets rank or alpha of the modules whose names match it.
+    """Make adapter_config.json, PEFT's settings, for the mean of several adapters.
+
+    The rank of the mean is the sum of the members' ranks. PEFT scales an adapter by alpha / rank, with
+    rsLoRA by alpha / √rank, and this scale must stay the same: so alpha grows with the rank, or its root.
+    """
+    rank_factor = member_count
     alpha_factor = member_count
     if settings.get("use_rslora"):
         alpha_factor = math.sqrt(member_count)
 
+    # rank_pattern and alpha_pattern set other values for the modules whose names match a pattern.
     mean = dict(settings)
-    for key, factor in (("rank", member_count), ("alpha", alpha_factor)):
+    for key, factor in (("rank", rank_factor), ("alpha", alpha_factor)):
         values_by_pattern = settings.get(f"{key}_pattern") or {}
         mean[f"{key}_pattern"] = {
             pattern: value * factor for pattern, value in values_by_pattern.items()
         }
-    mean["r"] *= member_count
+    mean["r"] *= rank_factor
     mean["lora_alpha"] *= alpha_factor
     return mean
 

@@ -25,8 +25,8 @@ def quantization_config(kind: str, head: list[str], double: bool = False) -> Bit
 
     `double` quantises the scales of nf4 too.
     """
-    # A T4 computes in float16; the weights are unpacked to it layer by layer.
     if kind == "nf4":
+        # To compute, a layer's weights are unpacked to float16: a T4 has no bfloat16.
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -45,7 +45,7 @@ def quantization_config(kind: str, head: list[str], double: bool = False) -> Bit
 def quantised_weights(
     config: PretrainedConfig, head: str, settings: BitsAndBytesConfig
 ) -> set[str]:
-    """List the weights that transformers expects to be quantised, as it says itself of an empty model."""
+    """List the weights that transformers will expect to be quantised: it replaces their layers in an empty model."""
     model = empty_model(config, head)
     modules_before = dict(model.named_modules())
     replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings, pre_quantized=True)
@@ -72,10 +72,10 @@ def quantise(
 ) -> dict[str, torch.Tensor]:
     """Quantise one weight, some rows at a time: bitsandbytes needs ten times the memory of what it is given.
 
-    The pieces are its rows in float16, a multiple of 64 at a time, so that no block of nf4 is cut in two.
+    Each piece is a multiple of 64 rows in float16, so that no block of nf4 is cut in two.
 
     Returns:
-        The tensors that are stored of it, by name: the bytes that the whole weight would give.
+        The tensors to store, by name: the same bytes as if the weight had been quantised whole.
     """
     values = []
     scales = []
@@ -95,7 +95,7 @@ def quantise(
             f"{module}weight_format": INT8_FORMAT,
         }
 
-    # Of nf4, bitsandbytes stores the scales and what they mean beside the values.
+    # For nf4, bitsandbytes stores beside the values its state: the scales, and how to apply them.
     stored = {name: torch.cat(values)}
     state = make_nf4_state(torch.cat(scales), shape, settings.bnb_4bit_use_double_quant)
     for part, tensor in state.as_dict(packed=True).items():

@@ -15,14 +15,14 @@ ROWS = 256
 
 
 def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
-    """Choose up to 256 training rows to calibrate on, in the order of a hash of seed and id.
+    """Choose up to 256 training rows on which a quantiser calibrates its rounding.
 
-    None of them is in predictions.parquet, the rows that a package is checked on: calibrating on those
-    would flatter it. With fold `all`, every row of a small file is in there, and was trained on too: then
-    it is any of them.
+    Rows in predictions.parquet are left out: packages are checked on these, and calibrating on them would
+    flatter the package. The only exception is a small pairs file without a held-out fold (fold `all`), all
+    of whose rows are in there: then any row is taken. Another seed draws other rows.
 
     Raises:
-        UserError: Every row is checked, so that none is left.
+        UserError: A fold is held out, and yet every other row is one of those checked.
     """
     pairs_file, predictions = run.validation_files()
     fold = run.recipe.pairwise.fold
@@ -34,7 +34,7 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
         rows = training_rows
     if rows.is_empty():
         raise UserError(
-            f"{pairs_file}: every row outside fold {fold} is in {predictions}, so that none is left to calibrate on; "
+            f"{pairs_file}: no row is left to calibrate on, because every row outside fold {fold} is in {predictions}; "
             "set pairwise.fold as it was in training"
         )
 
@@ -43,12 +43,12 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
 
 
 def encode_calibration_rows(run: Run, rows: pl.DataFrame) -> list[list[int]]:
-    """Encode rows as the model sees them, every second one swapped, so that both orders are met.
+    """Encode rows as the token ids that the model reads.
 
     Returns:
-        The token ids of each sequence; the reward head has two for a row.
+        The token ids of each sequence. A reward model reads the two responses of a row in two sequences.
     """
-    # A model meets both orders when it is served.
+    # In every second row the responses are swapped: the packaged model will meet both orders too.
     pairs = []
     for number, row in enumerate(rows.iter_rows(named=True)):
         pair = run.model_input.pair_from_row(row)

@@ -55,7 +55,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
                 ) from None
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{file}: not a whole safetensors file ({error}); write or fetch it again"
+                    f"{file}: not a complete safetensors file ({error}); write or fetch it again"
                 ) from None
             for name in handle.keys():  # noqa: SIM118  a handle is no dictionary
                 handles[name] = handle
@@ -64,7 +64,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
 
 def find_files(folder: Path) -> list[Path]:
     """List the files of a folder's weights: its shards in the order of their names, or its one file."""
-    # Shards have an index, which alone says which of the folder's files belong together.
+    # A model in several files (shards) has an index, the only list of the files that belong together.
     index = folder / INDEX
     if index.is_file():
         try:
@@ -79,5 +79,6 @@ def find_files(folder: Path) -> list[Path]:
     if single_file.is_file():
         return [single_file]
     raise UserError(
-        f"{folder}: no model.safetensors and no {INDEX}; weights in other formats are not read"
+        f"{folder}: holds no model.safetensors and no {INDEX}, and weights in other formats cannot be read; "
+        "save or fetch the model as safetensors"
     )

@@ -58,17 +58,22 @@ class Adapter:
 def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
     """Put a run's LoRA adapter on a model without weights, by PEFT.
 
+    Returns:
+        The adapter: PEFT's layers, which can merge a weight each, and the tensors that were trained whole.
+
     Raises:
         UserError: The adapter is not for this model, is not complete, or cannot be merged.
     """
     file = run_folder / ADAPTER_WEIGHTS
     settings = adapter_settings(run_folder)
     check_settings(settings, run_folder / ADAPTER_SETTINGS)
-    # The matrices A and B of each layer, and whole tensors that were trained in place of the base's.
+
+    # The matrices A and B of each layer, and the tensors that replace the base's own.
     low_rank_parts, replacements = read_adapter_file(file)
 
     peft_model = load_low_rank_parts(model, settings, low_rank_parts, file)
-    # Nothing must be missing: PEFT would merge a layer without its change.
+
+    # PEFT does not complain of a layer whose matrices are missing: it would merge no change.
     layers = find_layers(peft_model)
     check_complete(layers, file)
     return Adapter(file, layers, replacements)
@@ -94,14 +99,14 @@ def load_low_rank_parts(
         last_line = str(error).splitlines()[-1]
         reason = " ".join(last_line.split())[:200]
         raise UserError(
-            f"{file}: PEFT cannot put it on {architecture} ({reason}): an adapter of another base, or of "
-            f"other settings than {ADAPTER_SETTINGS}"
+            f"{file}: PEFT cannot put this adapter on {architecture} ({reason}); it is an adapter of another "
+            f"base, or {ADAPTER_SETTINGS} is not its own: put the training's files back"
         ) from None
 
     if loaded.unexpected_keys:
         raise UserError(
             f"{file}: {loaded.unexpected_keys[0]} is not part of {architecture} with the settings of "
-            f"{ADAPTER_SETTINGS}: an adapter of another base"
+            f"{ADAPTER_SETTINGS}, so this is an adapter of another base; put the training's files back"
         )
     return peft_model
 
@@ -117,14 +122,14 @@ def build_peft_model(model: torch.nn.Module, settings: Mapping[str, object]) -> 
 
 
 def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Map an adapter's tensors from its file.
+    """Read the tensors of an adapter's file; their bytes are read from the disk when they are used.
 
     Returns:
-        The parts of low-rank changes by their names in PEFT's model, and the tensors that were trained
-        whole by their names in the model.
+        Two dictionaries: the matrices of low-rank changes, by their names in PEFT's model; and the tensors
+        that were trained whole, such as the head, by their names in the base model.
 
     Raises:
-        UserError: The file is broken or not an adapter's.
+        UserError: The file is broken, or is not an adapter's.
     """
     low_rank_parts = {}
     replacements = {}
@@ -132,10 +137,11 @@ def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
         for name in opened.names():
             if not name.startswith(PREFIX):
                 raise UserError(
-                    f"{file}: key {name} does not start with {PREFIX}: a whole model, or not saved by PEFT; put "
-                    "the training's adapter there"
+                    f"{file}: the key {name} does not start with {PREFIX}, so this is a whole model, or was not "
+                    "saved by PEFT; put the training's adapter there"
                 )
-            # With bias: all, PEFT also saves the untrained biases of a module that it replaced.
+
+            # With the setting `bias: all`, PEFT also saves the untrained biases of modules that it replaced.
             if ".original_module." in name and not LOW_RANK_PART.search(name):
                 continue
 
@@ -157,13 +163,14 @@ def name_in_peft_model(name_in_file: str) -> str:
 
 
 def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
-    """Raise UserError for a kind of adapter whose merge is not tested here."""
+    """Raise UserError where adapter_config.json describes an adapter whose merge is not tested here."""
     if settings.get("peft_type") != "LORA":
         raise UserError(
             f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged"
         )
 
-    # The adapter's file does not hold what such an initialisation did to the base.
+    # Other initialisations, such as PiSSA, change the base's weights at the start of a training. The
+    # adapter's file does not hold this change.
     initialisation = settings.get("init_lora_weights", True)
     if initialisation not in LORA_INITIALISATIONS:
         raise UserError(
@@ -175,7 +182,7 @@ def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
         is_refused = name in REFUSED_SETTINGS or name not in KNOWN_SETTINGS
         if value and is_refused:
             raise UserError(
-                f"{config_file}: {name}: this kind of LoRA cannot be merged; train without"
+                f"{config_file}: {name} is set, and this kind of LoRA cannot be merged; train without it"
             )
 
 
@@ -213,7 +220,8 @@ def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
     if is_plain_lora:
         return merge_plain_lora(layer, base_weight)
 
-    # PEFT adds in place, and the tensor may be mapped from its file.
+    # All other variants of LoRA are merged by PEFT. It adds in place, so it gets a copy: the tensor itself
+    # may be the content of the base's file.
     base_layer = layer.get_base_layer()
     own_copy = base_weight.to(torch.float32, copy=True)
     base_layer.weight = torch.nn.Parameter(own_copy, requires_grad=False)

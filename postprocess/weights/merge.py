@@ -191,29 +191,35 @@ def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
 def open_sources(run: Run, form: Form) -> Iterator[Sources]:
     """Open the base and the adapter of a run, and check that they make the model that is to be written.
 
+    The checks read only the headers of the files: a mistake is reported before gigabytes are read.
+
     Raises:
-        UserError: They do not belong together, or something is missing.
+        UserError: Base and adapter do not belong together, or something is missing.
     """
-    # All checks need headers only: a mistake is reported before gigabytes are read.
     skeleton = model_skeleton(run.weights, run.contract)
     tied_names = skeleton.tied
     adapter = None
     if run.has_adapter:
         adapter = load_adapter(run.folder, empty_model(skeleton.config, run.contract.head))
+
+        # Many bases use one tensor both as embedding and as output layer. If the adapter has trained one
+        # of them alone, the model needs two tensors, which a base that stays as it is does not have.
         if was_untied(skeleton, adapter, adapter_settings(run.folder)):
-            # A base that stays as it is has one tensor for two.
             if form.keeps_adapter_apart:
                 raise UserError(
-                    f"{adapter.path}: trained {' or '.join(tied_names)}, which is the embedding in this base; "
-                    "only adapter: merged keeps the two apart"
+                    f"{adapter.path}: the adapter has trained {' or '.join(tied_names)}, which is one tensor "
+                    "with the embedding in this base; package with adapter: merged, where they become two"
                 )
             skeleton = untie(skeleton)
+
+        # Without its low-rank changes, the adapter still gives the tensors that it holds whole.
         if form.keeps_adapter_apart:
             adapter = replace(adapter, layers={})
 
     with open_tensors(run.weights) as base:
         base_names = find_base_names(base, skeleton)
-        # A tensor that was tied in the base and is not any more starts as the other one's numbers.
+
+        # Where one tensor of the base became two, both are read from that one.
         for name, source in tied_names.items():
             if name in skeleton.shapes and name not in base_names:
                 base_names[name] = base_names[source]
@@ -240,10 +246,11 @@ def was_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, obje
 
 
 def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
-    """Find the checkpoint's name of each tensor of the model.
+    """Find under which name the checkpoint of the base holds each tensor of the model.
 
     Returns:
-        The name in the checkpoint, by the name in the model; without those that the checkpoint lacks.
+        The name in the checkpoint, by the name in the model. Tensors that the checkpoint lacks, such as a
+        head that is trained first, are left out.
     """
     base_names = {}
     for base_name in base.names():
@@ -251,7 +258,8 @@ def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
         for old, new in OLD_NAMES.items():
             name = name.replace(old, new)
 
-        # A checkpoint of an encoder alone lacks the prefix that the model with a head has.
+        # A checkpoint of an encoder alone has names without the prefix that a model with a head adds,
+        # e.g. `embeddings…` instead of `bert.embeddings…`.
         for name_in_model in (name, f"{skeleton.prefix}.{name}"):
             if name_in_model in skeleton.shapes:
                 base_names[name_in_model] = base_name
@@ -259,7 +267,11 @@ def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
 
 
 def check_shapes(sources: Sources) -> None:
-    """Raise UserError unless every tensor of the model is there in its shape; only headers are read."""
+    """Check that the adapter or the base has every tensor of the model, in the right shape.
+
+    Raises:
+        UserError: A tensor is missing, or has another shape.
+    """
     replacements = sources.adapter.replacements if sources.adapter else {}
     for name, shape in sources.skeleton.shapes.items():
         # The adapter's tensor takes the place of the base's.
@@ -272,20 +284,21 @@ def check_shapes(sources: Sources) -> None:
         else:
             part = "head" if name in sources.skeleton.head else "weight"
             raise UserError(
-                f"{sources.base.path}: the {part} {name} is not there; train again, with it in lora_modules_to_save "
-                "if an adapter is trained"
+                f"{sources.base.path}: the {part} {name} is neither here nor in an adapter; train again, and with an "
+                "adapter put it into lora_modules_to_save"
             )
 
         if stored_shape != shape:
             raise UserError(
-                f"{path}: {name} has the shape {list(stored_shape)}, the model needs {list(shape)}"
+                f"{path}: {name} has the shape {list(stored_shape)}, but the model needs {list(shape)}; put the "
+                "training's file back, or train again"
             )
 
 
 def check_replacements(
     adapter: Adapter, skeleton: Skeleton, tied_names: Mapping[str, str], has_own_head: bool
 ) -> None:
-    """Check the tensors that an adapter holds whole.
+    """Check the tensors that an adapter holds whole, in place of the base's own.
 
     Raises:
         UserError: The model has no such tensor, or the head is missing.
@@ -293,15 +306,15 @@ def check_replacements(
     unknown_names = adapter.replacements.keys() - skeleton.shapes.keys() - tied_names.keys()
     if unknown_names:
         raise UserError(
-            f"{adapter.path}: {min(unknown_names)} is not part of {skeleton.config.architectures[0]}: an adapter "
-            "of another base"
+            f"{adapter.path}: {min(unknown_names)} is not part of {skeleton.config.architectures[0]}, so this is an "
+            "adapter of another base; put the training's adapter back"
         )
 
     # Without a trained head, transformers would make a random one.
     if has_own_head and adapter.replacements.keys().isdisjoint(skeleton.head):
         raise UserError(
-            f"{adapter.path}: no head ({', '.join(skeleton.head)}) in the adapter, its answers would be random; train "
-            "with task type SEQ_CLS (model_type: AutoModelForSequenceClassification)"
+            f"{adapter.path}: the adapter has no head ({', '.join(skeleton.head)}), so that its answers would be random; "
+            "train with task type SEQ_CLS (model_type: AutoModelForSequenceClassification)"
         )
 
 

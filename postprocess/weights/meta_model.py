@@ -32,7 +32,10 @@ class Skeleton:
 
 
 def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
-    """Describe the tensors of the model that a configuration and the contract's head make, without any weights.
+    """Describe the tensors of a model by its configuration and the contract's head, without reading weights.
+
+    Returns:
+        Names and shapes of all tensors, which of them are the head, and which are one with another (tied).
 
     Raises:
         UserError: transformers has no such model, or its weights are quantised already.
@@ -41,7 +44,7 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
     model = build_model(config, contract.head, folder)
     config.architectures = [type(model).__name__]
 
-    # Tied tensors are in no checkpoint: the model points at the other one.
+    # A checkpoint does not hold a tied tensor: the model uses another one in its place.
     tied = dict(model.all_tied_weights_keys)
     shapes = {}
     for name, tensor in model.state_dict().items():
@@ -63,16 +66,18 @@ def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
     config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"{folder}: its weights are quantised already; the contract's base_model must be the 16-bit original"
+            f"{folder}: the weights of this base model are quantised already; train on the 16-bit original, which "
+            "the contract's base_model must name"
         )
     config.pad_token_id = contract.pad_token_id
 
-    # The head of a causal LM is the base's own, and its outputs are tokens without labels.
+    # A classifier or a reward model has labelled outputs. The outputs of a causal LM are tokens.
     if contract.head in LABELLED:
         labels = contract.verdicts if contract.head == "score" else ("reward",)
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: label for label, name in config.id2label.items()}
 
+    # The soft cap bounds the scores of attention. The contract says whether the run was trained with it.
     has_softcap = hasattr(config, "attn_logit_softcapping")
     if has_softcap and not contract.softcap:
         config.attn_logit_softcapping = None

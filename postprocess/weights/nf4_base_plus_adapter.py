@@ -47,19 +47,20 @@ def copy_adapter(run_folder: Path, out: Path) -> None:
 
 
 def base_settings(run: Run) -> BitsAndBytesConfig:
-    """Describe how the base is quantised: nf4 as in training; what stayed in 16 bits then stays so.
+    """Describe how the base is quantised for a package that keeps the adapter apart: to nf4, as in training.
 
     Raises:
         UserError: The base was trained in another kind of 4 bits.
     """
-    # A LoRA run on a 16-bit base recorded nothing: its base is quantised as packages are.
+    # For a base that training had in 16 bits, nothing is recorded.
     trained = trained_quantization(run) or {}
     if trained and trained.get("bnb_4bit_quant_type") != "nf4":
         raise UserError(
-            f"{run.folder / 'config.json'}: the base was not trained in nf4, and pairwise.package.adapter needs "
-            "that; set adapter: merged"
+            f"{run.folder / 'config.json'}: the base was quantised in training, but not to nf4, which an unmerged "
+            "package needs; set pairwise.package.adapter: merged"
         )
 
+    # Modules that training left in 16 bits stay so; where nothing is recorded, that is the head.
     skipped_modules = trained.get("llm_int8_skip_modules")
     if not skipped_modules:
         skipped_modules = head_modules(run.weights, run.contract.head)

@@ -18,40 +18,44 @@ from preprocess.core.errors import UserError
 
 
 def quantise_merged(run: Run, merged: Path, kind: str, out: Path, key: str = "") -> None:
-    """Write the merged model of a run, in nf4 or int8 but for its head, as a folder.
+    """Quantise the merged model of a run to nf4 or int8, and write it as the folder `out`.
 
-    An interrupted call with the same key is continued at its shard.
+    An interrupted call with the same key is continued at the file of weights that it was writing.
     """
     smoothing = calibrate_smoothing(run, merged) if kind == "int8" else None
-    # The head is small, and decides: it stays in 16 bits.
+
+    # The head stays in 16 bits: it is small, and every verdict depends on it.
     head = head_modules(merged, run.contract.head)
     form = Form(quantization_config(kind, head), smoothing=smoothing)
 
-    # From here on it is a model without an adapter, as a full fine-tune is.
+    # The adapter is merged already: for the writer, this is a run without one, like a full fine-tune.
     merged_run = replace(run, weights=merged, has_adapter=False)
     merge(merged_run, out, form, key=key)
 
 
 def calibrate_smoothing(run: Run, merged: Path) -> Smoothing | None:
-    """Compute SmoothQuant's scales of a run's merged model, on the rows that GPTQ calibrates on too.
+    """Compute the scales by which SmoothQuant prepares a run's merged model for int8.
+
+    They are computed from activations on up to 256 training rows, the same that GPTQ calibrates on.
 
     Returns:
-        None where the architecture is not known, or no row is left to calibrate on; that is printed.
+        The scales; None where the architecture is not known, or no row is left to calibrate on. Then the
+        reason is printed, and the model is quantised without SmoothQuant.
     """
     model_type = model_skeleton(run.weights, run.contract).config.model_type
     if model_type not in MODEL_TYPES:
         print(
-            f"  int8 as it is: SmoothQuant is for {', '.join(MODEL_TYPES)}, this is a {model_type}"
+            f"  int8 without SmoothQuant, which is for {', '.join(MODEL_TYPES)}; this is a {model_type}"
         )
         return None
 
     try:
         rows = choose_calibration_rows(run)
     except UserError as error:
-        print(f"  int8 as it is, without SmoothQuant: {error}")
+        print(f"  int8 without SmoothQuant: {error}")
         return None
 
-    # transformers' own modules: those that serve have other weights of norms.
+    # Load transformers' own modules: the faster ones that serve a model keep other weights in their norms.
     has_gpu = torch.cuda.is_available()
     model = CLASSES[run.contract.head].from_pretrained(
         merged,
@@ -64,7 +68,7 @@ def calibrate_smoothing(run: Run, merged: Path) -> Smoothing | None:
     smoothing = smooth(model.eval(), encode_calibration_rows(run, rows))
     print(f"  int8 with SmoothQuant, calibrated on {len(rows)} training rows")
 
-    # The pass over the weights that follows wants the memory.
+    # Free the memory: the quantiser reads the weights again from the disk.
     del model
     gc.collect()
     torch.cuda.empty_cache()

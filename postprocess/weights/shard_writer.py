@@ -67,7 +67,7 @@ def write_shards(
         shard_bytes: About how many bytes a shard has.
         progress: Called after each shard with its bytes.
     """
-    # The division depends on the sizes alone: an interrupted call finds its shards again.
+    # The division depends on the sizes alone, so that a call after an interrupted one finds the same shards.
     shards = plan_shards(weight_bytes, shard_bytes)
     shard_count = len(shards)
     file_names = ["model.safetensors"]
@@ -87,7 +87,7 @@ def write_shards(
 
 
 def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Divide weights among shards, in their order: the names of each shard's weights."""
+    """Divide weights among shards of about `shard_bytes` in their order, and list the names in each shard."""
     shards: list[list[str]] = []
     bytes_left = 0
     for weight, size in weight_bytes.items():
@@ -103,11 +103,15 @@ def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[
 def write_file(
     path: Path, weights: Sequence[str], store: Callable[[str], Iterable[Stored]]
 ) -> None:
-    """Write weights into one safetensors file: the header's length, the header in JSON, the tensors' bytes."""
+    """Write weights into one safetensors file: the header's length, the header in JSON, the tensors' bytes.
+
+    The header has each tensor's place, which is known only once all are written. So room is left for it.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     header_bytes = reserve_header(weights)
 
-    # A thread writes while the next pieces are computed; a few may wait for it, no more.
+    # One thread writes pieces to the disk while the next ones are computed. Only a few finished pieces may
+    # wait for it: they fill the memory.
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
         file.seek(LENGTH_BYTES + header_bytes)
         waiting: deque[Future] = deque()
@@ -130,7 +134,7 @@ def write_file(
         for write in waiting:
             write.result()
 
-        # Spaces after the JSON are part of the format.
+        # The format allows spaces after the JSON, which fill the room that is left.
         encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
         if len(encoded) > header_bytes:
             raise ValueError(f"{path}: a header of {len(encoded)} bytes, {header_bytes} are free")
@@ -150,7 +154,7 @@ def reserve_header(weights: Sequence[str]) -> int:
 
 def write_index(folder: Path, file_names: Sequence[str]) -> None:
     """Write the index of a folder's shards, which says where each tensor is."""
-    # Names come from the files' own headers: a shard of an earlier call has them too.
+    # The tensors' names are read from the files: this call may not have written all of them itself.
     weight_map = {}
     total_bytes = 0
     for file_name in file_names:

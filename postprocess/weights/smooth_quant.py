@@ -37,8 +37,8 @@ class Smoothing:
     rows: Mapping[str, torch.Tensor]
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Give a tensor as it is with the scales folded in; in float32 where it changes."""
-        # A norm is replaced as a whole; a linear layer may be scaled on both sides.
+        """Fold the scales into one of the model's tensors; one that changes is returned in float32."""
+        # A norm has a new weight. A linear layer may be scaled along its inputs, its outputs, or both.
         if name in self.norms:
             return self.norms[name]
         if name in self.columns:
@@ -88,7 +88,9 @@ def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smooth
     largest_inputs = measure_inputs(model, groups, sequences)
     # Gemma's norms multiply by 1 + weight.
     norm_offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
-    # New weights of norms, and for linear layers factors on their inputs and divisors of their outputs.
+
+    # What changes, by the tensor's name: norms get new weights; linear layers are multiplied along their
+    # inputs (columns) and divided along their outputs (rows).
     norms = {}
     columns = {}
     rows = {}
@@ -153,7 +155,7 @@ def compute_scales(
         largest_weights = torch.maximum(largest_weights, column_maxima)
 
     scales = largest_inputs**STRENGTH / largest_weights ** (1 - STRENGTH)
-    # A channel may overflow in float16, or never be active.
+    # A channel that overflowed in float16, or was never active, has no usable scale.
     is_usable = torch.isfinite(scales) & (scales > 0)
     return torch.where(is_usable, scales, 1.0)
 
@@ -166,7 +168,7 @@ def measure_inputs(
     Returns:
         The maxima, (channels,), by the group's source.
     """
-    # The targets of a group have one input, so that one of them is enough to see it.
+    # All targets of a group read the same input, so it is enough to watch one of them.
     maxima_by_source = {}
     hooks = []
     for group in groups:
@@ -175,7 +177,7 @@ def measure_inputs(
         first_target = model.get_submodule(group.targets[0])
         hooks.append(first_target.register_forward_pre_hook(maxima.update))
 
-    # One sequence at a time needs no padding, which would be measured too.
+    # Sequences go through the model one at a time: padding would be measured too.
     with torch.inference_mode():
         for ids in sequences:
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)

@@ -27,8 +27,8 @@ def main(out: Path, slug: str) -> None:
     """Make the dataset's folder, and say what comes next."""
     if not re.fullmatch(SLUG, slug) or not 6 <= len(slug) <= 50:
         raise UserError(
-            f"--slug: {slug!r}; Kaggle takes 6 to 50 of the letters a to z, digits, and single "
-            "hyphens between them"
+            f"--slug: {slug!r} cannot be a dataset's name in Kaggle's addresses; use 6 to 50 of the letters "
+            "a to z, digits, and single hyphens between them"
         )
 
     is_new = make_wheels(out, slug)

@@ -48,14 +48,16 @@ def make_wheels(out: Path, slug: str) -> bool:
             would be deleted.
     """
     if out.is_file():
-        raise UserError(f"--out {out}: a file; name a folder")
+        raise UserError(f"--out {out}: this is a file; name a folder")
     if is_current(out, slug):
         return False
 
     # The folder is about to be replaced: refuse one that holds somebody's own files.
     for path in out.glob("*"):
         if path.name not in (MANIFEST, METADATA) and path.suffix != ".whl":
-            raise UserError(f"--out {out}: holds {path.name}, no wheel; name a folder of its own")
+            raise UserError(
+                f"--out {out}: holds {path.name}, which is no wheel and would be deleted; name an empty folder"
+            )
 
     with atomic_folder(out) as folder:
         # One retry: without network, pip's five take a minute.
@@ -85,9 +87,9 @@ def make_wheels(out: Path, slug: str) -> bool:
 
 
 def is_current(out: Path, slug: str) -> bool:
-    """Find out whether the folder holds just the pinned wheels, byte for byte.
+    """Find out whether a dataset's folder holds exactly the pinned wheels, byte for byte.
 
-    The account that `push` writes into its metadata does not count.
+    `slug` is the dataset's name. The account, which `push` adds to the metadata, is not compared.
     """
     try:
         title = read_object(out / METADATA)["title"]
@@ -96,7 +98,7 @@ def is_current(out: Path, slug: str) -> bool:
     except (UserError, KeyError, ValueError):  # a file is missing or damaged
         return False
 
-    # The list may pin several files of one version, of which one is here.
+    # The list of pins has the hashes of all files of a version. Each wheel here must be one of them.
     pinned_hashes = WHEELS.read_text(encoding="utf-8")
     for wheel in manifest["wheels"]:
         if wheel["sha256"] not in pinned_hashes:
@@ -111,12 +113,12 @@ def is_current(out: Path, slug: str) -> bool:
 def check_installs(folder: Path) -> None:
     """Check by a dry run of pip that the wheels install from the folder alone, and print them.
 
-    That they go with the packages of Kaggle's image is known from kaggle_kernels/requirements.lock,
-    in which they are resolved together.
+    Whether they suit the packages on Kaggle is no question here: kaggle_kernels/requirements.lock resolves
+    them together.
     """
     requirements = [f"{name}=={version}" for name, version in read_pins(WHEELS).items()]
     with tempfile.TemporaryDirectory() as target:
-        # --isolated: no index or folder in the settings of the user's pip may help.
+        # --isolated ignores the settings of the user's pip, which may name another index or folder.
         run_pip(
             "install",
             "--dry-run",
@@ -184,6 +186,6 @@ def run_pip(*arguments: str) -> None:
     # pip writes its warnings and errors to stderr, in several lines.
     problems = " ".join(finished.stderr.split())
     raise UserError(
-        f"{WHEELS.name}: pip {arguments[0]} for Python {PYTHON} on Linux: {problems}; check the "
+        f"{WHEELS.name}: pip {arguments[0]} for Python {PYTHON} on Linux failed: {problems}; check the "
         "network (or set PIP_INDEX_URL), or pin another wheel"
     )

@@ -88,24 +88,29 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
 
 
 def load_tokenizer(recipe: Recipe, base: Path):
-    """Load the base model's tokenizer with the recipe's special_tokens.
+    """Load the tokenizer of the base model in the folder `base`, and add the recipe's special_tokens.
 
     Raises:
         UserError: There is no fast tokenizer or no pad token, or a special token is new to it.
     """
     try:
-        # From the folder alone: nothing is fetched, and no code of a model is run.
+        # Only the folder is read: nothing is fetched, and no code that comes with a model is run.
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{base}: no tokenizer that transformers can read ({reason})") from None
+        raise UserError(
+            f"{base}: holds no tokenizer that transformers can read ({reason}); fetch the model again"
+        ) from None
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(f"{recipe.path}: base_model {base} has no fast tokenizer (tokenizer.json)")
+        raise UserError(
+            f"{recipe.path}: base_model {base} has no fast tokenizer (tokenizer.json); choose another base model"
+        )
 
     add_special_tokens(tokenizer, recipe, base)
     if tokenizer.pad_token_id is None:
         raise UserError(
-            f"{recipe.path}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
+            f"{recipe.path}: the base model's tokenizer has no pad token; name one in the recipe with "
+            "special_tokens: {pad_token: …}"
         )
     return tokenizer
 
@@ -122,24 +127,28 @@ def add_special_tokens(tokenizer, recipe: Recipe, base: Path) -> None:
         tokenizer.add_special_tokens(special_tokens)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{recipe.path}: special_tokens: {special_tokens!r} is not a tokenizer's ({error})"
+            f"{recipe.path}: special_tokens: the tokenizer does not take {special_tokens!r} ({error})"
         ) from None
+
     if len(tokenizer) != vocabulary_size:
         raise UserError(
-            f"{recipe.path}: special_tokens: {special_tokens} are not all in the vocabulary of {base}; "
-            "name tokens that are"
+            f"{recipe.path}: special_tokens: {special_tokens} are not all in the vocabulary of {base}, and a new "
+            "token would have no trained embedding; name tokens that are in it"
         )
 
 
 def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -> Contract:
-    """Make the contract of an untrained model, before calibration.
+    """Make the contract of a model that nobody trained: everything that decides its input.
+
+    The biases that calibration will find are not in it yet.
 
     Raises:
         UserError: The base model has too few positions, or lacks the head that the recipe names.
     """
     block = recipe.pairwise
-    # Only eager attention applies a soft cap.
+    # Of transformers' implementations of attention, only `eager` applies a soft cap.
     default_attention = "eager" if block.softcap else "sdpa"
+
     # new_contract finds out whether the template and the answer tokens suit the tokenizer.
     try:
         contract = new_contract(
@@ -157,17 +166,18 @@ def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
     positions = getattr(skeleton.config, "max_position_embeddings", None)
     if positions and block.budget_tokens > positions:
         raise UserError(
-            f"pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} positions; lower it"
+            f"{recipe.path}: pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} "
+            "positions; lower it"
         )
 
-    # transformers would make random tensors of a head that the checkpoint lacks.
+    # If the checkpoint lacked the head, transformers would fill it with random numbers.
     with open_tensors(base) as tensors:
         base_names = find_base_names(tensors, skeleton)
     missing_names = [name for name in skeleton.head if name not in base_names]
     if missing_names:
         raise UserError(
-            f"{base}: has no {', '.join(missing_names)}, so that its answers would be random; with train: false, "
-            "choose head: label_tokens, or a base model that has this head"
+            f"{base}: has no {', '.join(missing_names)}, so that its answers would be random; for a recipe with "
+            "train: false, choose head: label_tokens, or a base model that has this head"
         )
     return contract
 
@@ -201,19 +211,20 @@ def score_rows(
 
 
 def compute_logits(run: Run, model: torch.nn.Module, tokenizer, rows: pl.DataFrame) -> np.ndarray:
-    """Compute the logits of the verdicts, but for a constant that each sequence adds to all of its logits.
+    """Compute the logits of the verdicts on each row, from which position bias is measured.
 
     Returns:
-        Logits (rows, orders, verdicts) as the model gives them: in the swapped order, model_a is the
-        response that stood first.
+        Logits (rows, orders, verdicts), each sequence's up to a constant. They are as the model gives them:
+        in the swapped order too, model_a is the response that stands first.
     """
     probabilities_rov = score_rows("calibrating", run, model, tokenizer, rows)
 
-    # In the second order, score_rows has exchanged model_a and model_b, so that a verdict names the same
-    # response in both. Position bias is about the response that stood first: exchange them again.
+    # In the swapped order, score_rows has exchanged model_a and model_b, so that a verdict names the same
+    # response in both orders. Position bias is about the place of a response: undo the exchange.
     verdicts = run.contract.verdicts
     swapped_columns = swap_probabilities(range(len(verdicts)), verdicts)
     probabilities_rov[:, 1] = probabilities_rov[:, 1][:, swapped_columns]
 
-    # The logarithms of a softmax are its logits, all less the same constant, which the bias does not see.
+    # The logarithm of a softmax is the logits less a constant. Position bias is a difference of two logits,
+    # in which the constant cancels out.
     return np.log(np.clip(probabilities_rov, SMALLEST, 1))

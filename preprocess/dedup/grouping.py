@@ -129,7 +129,7 @@ class _Grouping:
     def _unite_drawn_pairs(self, keys: np.ndarray) -> None:
         """Draw random pairs of texts that have equal keys, and unite those that are similar.
 
-        This is repeated for as long as more than LEAST_SHARE_UNITED of the pairs are.
+        Draw again for as long as more than LEAST_SHARE_UNITED of the drawn pairs unite two groups.
         """
         share_united = 1.0
         while share_united > LEAST_SHARE_UNITED:

@@ -140,12 +140,12 @@ def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
         # A window may have ENTRIES_AT_ONCE entries. Where many texts have about the same size,
         # begin:start alone may have that many, and each slice would be a single text. So a slice
         # may always have a quarter as many.
-        most_for_all = entries_before[begin] + ENTRIES_AT_ONCE
-        most_for_new = entries_before[start] + ENTRIES_AT_ONCE // 4
-        most_entries = max(most_for_all, most_for_new)
+        limit_of_window = entries_before[begin] + ENTRIES_AT_ONCE
+        limit_of_slice = entries_before[start] + ENTRIES_AT_ONCE // 4
+        limit = max(limit_of_window, limit_of_slice)
 
-        # The last end up to which there are no more entries, but at least one text after start.
-        end = int(np.searchsorted(entries_before, most_entries, side="right")) - 1
+        # The slice ends before the text that would exceed the limit, but has at least one text.
+        end = int(np.searchsorted(entries_before, limit, side="right")) - 1
         end = max(end, start + 1)
 
         windows.append(Window(begin, end, first_longer=start - begin))

@@ -71,15 +71,16 @@ def compute_signatures(texts: pl.Series) -> Signatures:
 def count_band_rows(threshold: float) -> int:
     """Return how many hashes a band has, so that similar texts nearly always share a band.
 
-    The more hashes a band has, the fewer texts share one by accident, and the more similar texts
-    share none. So this is the largest number with which MISS_PROBABILITY is kept.
+    Texts that share a band are compared. Long bands are shared by fewer texts that are not similar, which
+    saves time; but more similar texts then share no band and are missed. So this is the largest number
+    of hashes with which a similar pair is missed with a probability of at most MISS_PROBABILITY.
     """
     best = 1
     for rows in range(1, MOST_BAND_ROWS + 1):
         bands = PERMUTATIONS // rows
 
-        # Two texts at the threshold agree in one hash with a probability that is the threshold, and
-        # in all hashes of a band with its power.
+        # Two texts whose similarity is the threshold have one hash in common with that probability, and
+        # all `rows` hashes of a band with its power.
         band_probability = threshold**rows
         miss_probability = (1 - band_probability) ** bands
         if miss_probability <= MISS_PROBABILITY:
@@ -105,7 +106,7 @@ def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
 def select_likely(
     signatures: Signatures, first: np.ndarray, second: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Find out which pairs of texts may reach a similarity, by their sizes and signatures."""
+    """Find out which pairs of texts, first[i] and second[i], may be as similar as the threshold."""
     # By sizes: at best, all n-grams of the smaller text are in the larger one, and the similarity
     # is smaller / larger.
     first_counts = signatures.gram_counts[first]

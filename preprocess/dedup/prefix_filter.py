@@ -181,12 +181,12 @@ def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.n
 def find_candidates(
     index: PrefixIndex, threshold: float, first_longer: int
 ) -> Iterator[tuple[int, int]]:
-    """Find the pairs of texts in different places that may reach a similarity.
+    """Find the pairs of texts in different places, such as two folds, that may be similar.
 
     Texts are named by their number in the index, which has them in the order of their sizes.
 
     Args:
-        index: Built with the same threshold.
+        index: Built with the same threshold. Texts of one place are no partners in it.
         threshold: The Jaccard similarity.
         first_longer: The first text that is of interest as the longer one of a pair.
 
@@ -208,8 +208,8 @@ def find_candidates(
             longer[is_relevant], shorter[is_relevant], len(index.size)
         )
 
-        # similarity = shared / (total_size - shared), which is the threshold for
-        # shared = threshold / (1 + threshold) * total_size.
+        # The similarity of two texts is shared / (total_size - shared). It is the threshold if
+        # shared = threshold / (1 + threshold) * total_size: with fewer, a pair is no candidate.
         most_shared = shared_in_prefixes + _count_beyond_prefix(index, longer, shorter)
         total_size = index.size[longer] + index.size[shorter]
         least_shared = threshold / (1 + threshold) * total_size - ROUNDING

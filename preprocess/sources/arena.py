@@ -11,7 +11,7 @@ from preprocess.sources.tables import Table
 
 
 def read_judgement(values: dict) -> Judgement:
-    """Read a row, whose conversations must have the same turns of the user."""
+    """Read a row: two whole conversations, in which the user must have written the same."""
     prompt, response_a = read_conversation(None, values.get("conversation_a"))
     other_prompt, response_b = read_conversation(None, values.get("conversation_b"))
     if prompt != other_prompt:

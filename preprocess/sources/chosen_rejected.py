@@ -19,7 +19,10 @@ SCORES = ("score_chosen", "score_rejected")
 
 
 def read_judgement(values: dict) -> Judgement:
-    """Read a row, whose chosen and rejected answers must be answers to the same prompt."""
+    """Read a row: a chosen and a rejected answer, which must be answers to the same prompt.
+
+    Which of the two becomes response A is drawn by the row's id.
+    """
     prompt_column = values.get("prompt")
     prompt, chosen_answer = read_conversation(prompt_column, values.get("chosen"))
     other_prompt, rejected_answer = read_conversation(prompt_column, values.get("rejected"))

@@ -12,7 +12,7 @@ MOST_PREFERENCE = 3
 
 
 def read_judgement(values: dict) -> Judgement:
-    """Read a row, whose responses answer the last message of the context."""
+    """Read a row: two responses to the last message of a conversation, and a grade from -3 (A) to 3 (B)."""
     context = values.get("context")
     prompt, response_a = read_conversation(context, values.get("response1"))
     _, response_b = read_conversation(context, values.get("response2"))

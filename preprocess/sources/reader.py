@@ -80,7 +80,7 @@ def read_batches(path: Path | str, role: str = "train") -> Iterator[pl.DataFrame
     table = open_table(path)
     layout = recognise_layout(table, needs_verdicts=role != "pool")
 
-    # How many rows cannot be used for each reason; None counts those that can be used.
+    # How many rows were rejected, by reason. The reason None counts the rows that can be used.
     reason_counts: Counter[str | None] = Counter()
     rows_left = table.rows(list_columns_read())
     while table_rows := list(islice(rows_left, BATCH_ROWS)):
@@ -122,8 +122,8 @@ def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
         if not layout.find_missing_columns(table, needs_verdicts):
             fitting.append(layout)
 
-    # Without the columns of verdicts, competitions have the same columns. What tells them apart is
-    # whether texts are JSON lists. If that rules all of them out, it says nothing.
+    # Without their columns of verdicts, all competitions have the same columns. What may tell them apart is
+    # whether their texts are JSON lists.
     if len(fitting) > 1:
         holds_json = _holds_json_prompts(table)
         same_form = [layout for layout in fitting if layout.texts_are_turns == holds_json]
@@ -204,7 +204,7 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
 
 
 def _show_verdict(layout: Layout, values: dict) -> str | None:
-    """Return the verdict of a row that cannot be used as a text, however wrong it is.
+    """Return as text what an unusable row has in place of its verdict, however wrong that is.
 
     Returns:
         The value of the column with the verdict. Where each verdict has a column with a flag, all
@@ -232,7 +232,7 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
     if not set(PROMPT_COLUMNS) & set(table.columns):
         raise UserError(
             f"{path}: no column prompt (found {', '.join(table.columns)}); "
-            "it cannot be compared with the sources"
+            "name a file with the prompts that the sources are to be compared with"
         )
 
     # A test file has no verdicts, so that its layout cannot be recognised.

@@ -131,7 +131,8 @@ def _read_csv_rows(path: Path) -> Iterator[TableRow]:
 
 
 def _inspect_json_lines(path: Path) -> Table:
-    # Lines may differ in their keys; a dict keeps these in the order of appearance.
+    """Find the columns of a JSONL file, which are the keys of all its lines, and count its rows."""
+    # A dict, unlike a set, keeps the keys in the order in which they appear.
     columns: dict[str, None] = {}
     height = 0
     for row in _read_json_lines(path):
@@ -147,6 +148,7 @@ def _inspect_json_lines(path: Path) -> Table:
 
 
 def _read_json_lines(path: Path) -> Iterator[TableRow]:
+    """Yield the lines of a JSONL file; one that is no JSON object has no values."""
     with open(path, encoding="utf-8") as file:
         for line_number, line in enumerate(file, 1):
             if not line.strip():

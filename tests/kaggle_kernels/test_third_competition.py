@@ -97,8 +97,8 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"verdicts": ("model_b", "model_a")}, "Duel: verdicts: expected"),
-        ({"verdict_form": "name"}, "Duel: verdict_columns: expected 1"),
+        ({"verdicts": ("model_b", "model_a")}, "Duel: verdicts are .* expected"),
+        ({"verdict_form": "name"}, "Duel: verdict_columns: expected 1 of them, found 2"),
         ({"columns": ("chance_a",)}, "Duel: columns: expected 2"),
     ],
 )

@@ -101,21 +101,21 @@ def with_text(name, text):
 BAD_RUNS = [
     (without("adapter_model.safetensors"), "train it first with axolotl train"),
     (lambda run: run.folder.rename(run.folder.with_name("moved")), "no such folder; train it first with axolotl train"),
-    (without("contract.json"), "weights without contract.json"),
-    (without("model_input.py"), "weights without model_input.py"),
-    (without("metrics.json"), "weights without metrics.json"),
-    (without("adapter_config.json"), "weights without adapter_config.json"),
+    (without("contract.json"), "has weights but no contract.json"),
+    (without("model_input.py"), "has weights but no model_input.py"),
+    (without("metrics.json"), "has weights but no metrics.json"),
+    (without("adapter_config.json"), "has weights but no adapter_config.json"),
     (with_text("tokenizer.json", "{}"), "tokenizer.json: missing or changed since training"),
     (without("predictions.parquet"), "predictions.parquet: no such file"),
     (with_text("predictions.parquet", "no"), "predictions.parquet: not the predictions of training"),
-    (with_text("model.safetensors", "x"), "holds an adapter and a full model"),
+    (with_text("model.safetensors", "x"), "holds both an adapter and a full model"),
     (with_text("model_input.py", "# edited"), "has changed since training"),
-    (with_json("contract.json", base_model="./gone"), "./gone: the base model in contract.json"),
-    (with_json("contract.json", base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
+    (with_json("contract.json", base_model="./gone"), "./gone: contract.json names this as the base model"),
+    (with_json("contract.json", base_model="nobody/nothing"), "there is no such folder here, and the hub does not give it"),
     (with_json("contract.json", head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
-    (with_json("contract.json", head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
-    (with_json("contract.json", head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
-    (with_json("contract.json", logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
+    (with_json("contract.json", head="reward"), "holds 2 labels, but the head reward needs 1 for 2 verdicts"),
+    (with_json("contract.json", head="label_tokens", num_labels=0), "holds 0 label tokens, but the head label_tokens needs 2"),
+    (with_json("contract.json", logit_bias=[0.5]), "holds 1 numbers in logit_bias, but the head score needs 2"),
     (with_json("contract.json", budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
     (with_json("contract.json", golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
     (with_text("contract.json", "[1, 2]"), "contract.json: expected an object, found list"),
@@ -147,9 +147,9 @@ def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copie
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"verdicts": ["model_b", "model_a"]}, "pairwise.verdicts is ('model_b', 'model_a'), the run was trained with"),
+        ({"verdicts": ["model_b", "model_a"]}, "pairwise.verdicts is ('model_b', 'model_a'), but the run was trained with"),
         ({"template": "llama3"}, "pairwise.template.start is '<|begin_of_text|>"),
-        ({"budget_tokens": 129}, "pairwise.budget_tokens is 129, the run was trained with 128"),
+        ({"budget_tokens": 129}, "pairwise.budget_tokens is 129, but the run was trained with 128"),
     ],
 )
 def test_a_recipe_changed_since_training_is_one_line(copied, changes, line):
@@ -189,5 +189,5 @@ def test_the_base_of_the_recipe_is_the_run_s(in_recipe, named, trained_with, is_
     contract = replace(run.contract(), base_model=trained_with, recorded={"recipe_base_model": named})
     if not is_refused:
         return check_recipe(recipe, contract, has_adapter=False)
-    with pytest.raises(UserError, match=f"base_model is {in_recipe}, the run was trained with {named}"):
+    with pytest.raises(UserError, match=f"base_model is {in_recipe}, but the run was trained with {named}"):
         check_recipe(recipe, contract, has_adapter=False)

@@ -205,4 +205,5 @@ def test_two_commands_at_once_on_one_run_are_one_line(copied):
     run = copied("gemma2")
     with FileLock(run.folder.with_name(f".{run.folder.name}.lock")):
         error = runs.refuse(run.recipe)
-    assert error == f"error: {run.folder}: another python -m postprocess is at work there; wait for it, or stop it\n"
+    advice = "wait until it has ended, or stop it"
+    assert error == f"error: {run.folder}: another python -m postprocess is at work in this folder; {advice}\n"

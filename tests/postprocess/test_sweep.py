@@ -95,7 +95,7 @@ def test_trials_on_several_folds_are_told_apart_and_not_compared(tmp_path):
         add_trial(tmp_path, f"sweep0001/fold-{fold}", log_loss=loss, accuracy=0.5, metrics=metrics, block=block)
     lines, table = index(tmp_path)
     assert table.select("trial", "pairwise.fold").rows() == [("sweep0001/fold-0", 0), ("sweep0001/fold-1", 1)]
-    warning = "the trials were validated on different rows (another fold, or other pairs): do not compare their metrics"
+    warning = "the trials were validated on different rows (other folds, or other pairs files): do not compare their metrics"
     assert warning in [" ".join(line) for line in lines]
 
 
@@ -109,13 +109,13 @@ def test_a_sweep_of_which_nothing_ended_is_listed(tmp_path):
 
 def test_a_folder_without_trials_is_one_line(tmp_path):
     (tmp_path / "sweep0001").write_text("no folder")
-    assert fails(str(tmp_path)).startswith(f"error: {tmp_path}: holds no sweep0001; axolotl train RECIPE --sweep FILE writes ")
-    assert fails(str(tmp_path / "absent")).startswith(f"error: {tmp_path}/absent: no such folder; ")
+    assert fails(str(tmp_path)).startswith(f"error: {tmp_path}: holds no trial, that is no folder such as sweep0001; name ")
+    assert fails(str(tmp_path / "absent")).startswith(f"error: {tmp_path}/absent: there is no such folder; ")
 
 
 def test_metrics_without_what_training_writes_are_one_line(tmp_path):
     run = add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=None)
-    assert fails(str(tmp_path)).startswith(f"error: {run}/metrics.json: no number accuracy; ")
+    assert fails(str(tmp_path)).startswith(f"error: {run}/metrics.json: holds no number accuracy, so ")
 
 
 @pytest.mark.slow

@@ -78,8 +78,8 @@ def test_a_comparison_whose_table_is_gone_is_made_again_and_a_prediction_that_is
     nan = pl.when(pl.int_range(pl.len()) == 3).then(float("nan")).otherwise(pl.col("p_model_a_swapped"))
     pl.read_parquet(file).with_columns(nan.alias("p_model_a_swapped")).write_parquet(file)
     error = refused(run)
-    assert "base and adapter, loaded as they were trained, differ by nan in probability from predictions.parquet" in error
-    assert f"one of {run.base}, {run.folder} is not the training's; put it back, or train again" in error
+    assert "the model, loaded as it was trained, differs by nan in probability from predictions.parquet" in error
+    assert f"a file in {run.base} or {run.folder} has been exchanged since; put the training's file back" in error
     assert "NaN" not in (run.folder / "agreement.json").read_text()
     assert json.loads((run.folder / "agreement.json").read_text())["mean_difference"] is None
 
@@ -93,9 +93,13 @@ FAR, NEAR = (0.5, 0.4), (0.9, 0.41)
         ("nf4", {"merged": NEAR, "quantised": FAR}, "package with quantize: int8 or none"),
         ("int8", {"merged": NEAR, "quantised": FAR}, "package with quantize: none"),
         ("nf4", {"unmerged": FAR}, "package with adapter: merged and quantize: int8 or none"),
-        ("none", {"merged": FAR, "quantised": FAR}, "merging alone moves it by 0.2000, package with quantize: nf4"),
-        ("nf4", {"merged": FAR, "quantised": FAR, "unmerged": FAR}, "no package of this run would be nearer"),
-        ("full", {"merged": FAR, "quantised": FAR}, "float16 alone moves it by 0.2000, train it again"),
+        (
+            "none",
+            {"merged": FAR, "quantised": FAR},
+            "merging alone changes probabilities by 0.2000: package with",
+        ),
+        ("nf4", {"merged": FAR, "quantised": FAR, "unmerged": FAR}, "no other kind of package would be nearer"),
+        ("full", {"merged": FAR, "quantised": FAR}, "float16 alone changes probabilities by 0.2000: train it again"),
     ],
 )
 def test_the_error_says_what_to_change_in_the_recipe(quantize, models, advice, made, opened):

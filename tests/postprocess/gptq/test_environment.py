@@ -16,7 +16,7 @@ def test_a_worker_that_fails_is_one_line_with_its_last_one(tmp_path, monkeypatch
     script.write_text(f"print('first')\nprint('{done}')\nraise ValueError('not\\rthis much')")
     monkeypatch.setattr(environment, "WORKER", script)
     monkeypatch.setattr(environment, "python_with_gptq", lambda: Path(sys.executable))
-    with pytest.raises(UserError, match=r"^worker.py: GPTQ ended with 1: this much; quantize: nf4 or int8 needs no GPTQ$"):
+    with pytest.raises(UserError, match=r"^worker.py: GPTQ failed with exit code 1: this much; mend this, or write"):
         run_worker([])
     assert "1/2" in capfd.readouterr().err
 
@@ -41,7 +41,7 @@ def test_the_environment_is_made_once_by_make_and_nothing_is_printed_of_one_that
 
 def test_an_environment_that_cannot_be_made_is_one_line_with_what_pip_says(makefile):
     makefile.write_text(".venv-gptq/installed:\n\t@echo 'ERROR: no torch' >&2; echo 'error: see install.log' >&2; exit 2\n")
-    message = r"venv-gptq: could not be made \(ERROR: no torch error: see install.log\); connect to the internet"
+    message = r"venv-gptq: .* could not be made \(ERROR: no torch error: see install.log\); connect to the internet"
     with pytest.raises(UserError, match=message):
         python_with_gptq()
 

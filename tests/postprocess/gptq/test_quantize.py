@@ -193,7 +193,7 @@ def test_of_repeated_models_the_best_is_packaged_and_none_is_made_again_until_th
 
 def test_repeating_what_chance_is_not_in_is_one_line(made):
     error = runs.refuse(made("gemma2", quantize="nf4").recipe, "--repeat", "2")
-    assert "--repeat: quantize: nf4 always gives the same bytes; only gptq4 and gptq8 depend on chance" in error
+    assert "--repeat: the recipe says quantize: nf4, which gives the same bytes each time; leave --repeat out" in error
 
 
 def ids_of(run, seed=0):
@@ -242,7 +242,7 @@ def test_pairs_are_seen_in_both_orders_through_the_runs_own_code(made, opened):
     ("kind", "options", "line"),
     [
         ("bert", {}, "gptq8 is for decoders, but the template bert is for encoders; set int8 or none"),
-        ("gemma2", {"training_rows": 30}, "GPTQ takes groups of 128 inputs and 32 outputs, model.layers.0."),
+        ("gemma2", {"training_rows": 30}, "GPTQ needs a multiple of 128 inputs and of 32 outputs, but model.layers.0."),
     ],
 )
 def test_a_model_that_gptq_cannot_take_is_one_line_before_any_work(kind, options, line, made, tmp_path):
@@ -255,7 +255,7 @@ def test_a_model_that_gptq_cannot_take_is_one_line_before_any_work(kind, options
 
 def test_an_encoder_under_a_template_of_its_own_is_refused_by_its_kind(made, opened):
     for kind in ("bert", "modernbert"):
-        with pytest.raises(UserError, match=f"GPTQ is for decoders with Llama's .* is a {kind}; write int8"):
+        with pytest.raises(UserError, match=f"decoders whose layers are named as Llama's .* is a {kind}; write int8"):
             quantize.check_model(opened(made(kind)))
 
 

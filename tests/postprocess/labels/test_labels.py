@@ -144,22 +144,22 @@ def test_scoring_with_one_run_leaves_the_files_to_another_call(teacher):
     assert not (teacher.folder / "fold-0" / "labels").exists()
     assert not (teacher.folder / "labels.parquet").exists()
     error = refused(teacher, "--run", "fold-7")
-    assert "--run fold-7: " in error and "has the runs fold-0, fold-1" in error
+    assert "--run fold-7: " in error and "choose one of fold-0, fold-1" in error
 
 
 def test_a_run_that_was_trained_on_every_row_labels_nothing(tmp_path, tiny_models):
     made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", rows=8)
     write_json(made.folder / "metrics.json", {"fold": "all", "pairs_sha256": sha256(tmp_path / "pairs.parquet")})
-    assert "has no runs of its folds; leave --run out" in refused(made, "--run", "fold-0")
-    assert "was trained on every row of its pairs file; hold out a fold, or add a pool" in refused(made)
+    assert "without runs of folds; leave --run out" in refused(made, "--run", "fold-0")
+    assert "so that there is none to label; hold out a fold, or add a pool" in refused(made)
 
 
 def test_a_run_of_another_fold_or_file_is_no_teacher(teacher):
     metrics = teacher.folder / "fold-1" / "metrics.json"
     values = json.loads(metrics.read_text())
     for change, problem in (
-        ({"fold": 0}, "fold 0 was held out here, not 1: this run was trained on the rows of fold 1"),
-        ({"pairs_sha256": "other"}, "trained on another pairs file than the recipe's as it is now"),
+        ({"fold": 0}, "this run held out fold 0 and was trained on the rows of fold 1"),
+        ({"pairs_sha256": "other"}, "trained on another pairs file than the one that the recipe names now"),
     ):
         write_json(metrics, values | change)
         assert problem in refused(teacher)

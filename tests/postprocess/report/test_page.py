@@ -105,7 +105,7 @@ def test_what_is_missing_is_one_sentence_each_and_the_rest_is_there(tmp_path):
     for sentence in (
         "Nothing was trained here, so that there are no learning curves.",
         "does not exist, so that texts, languages, sources, lengths and groups of prompts are missing",
-        "The run was not packaged yet: pairwise package compares the models",
+        "The run was not packaged yet: run pairwise package, which compares the models",
     ):
         assert sentence in page.words()
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == SECTIONS

@@ -34,7 +34,7 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
     ("file", "content", "message"),
     [
         ("metrics.json", "{", "metrics.json: not valid JSON"),
-        ("contract.json", '{"verdicts": ["tie", "model_a"]}', "contract.json: verdicts are ['tie', 'model_a'], expected"),
+        ("contract.json", '{"verdicts": ["tie", "model_a"]}', "contract.json: the verdicts are ['tie', 'model_a'], but"),
         ("history.json", "{}", "history.json: expected a list of objects"),
         ("predictions.parquet", "x", "predictions.parquet: not a Parquet file"),
         ("agreement.json", "{}", "agreement.parquet: not a Parquet file"),
@@ -50,7 +50,7 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, file, content, messag
     ("changed", "message"),
     [
         (lambda rows: rows.with_columns(p_tie_swapped=pl.lit(float("nan"))), "row row0 has probabilities that are not"),
-        (lambda rows: rows.drop("fold", "p_tie"), "no column fold, p_tie; it was not written by axolotl train"),
+        (lambda rows: rows.drop("fold", "p_tie"), "there is no column fold, p_tie, so axolotl train of this version did not"),
         (lambda rows: pl.concat([rows, rows]), "an id occurs twice"),
         (lambda rows: rows.head(0), "no rows"),
     ],
@@ -62,12 +62,12 @@ def test_predictions_that_are_none_are_refused(tmp_path, changed, message):
 
 
 def test_a_folder_without_a_whole_run_is_refused(tmp_path):
-    assert "no such folder; name a run's folder" in refusal(tmp_path / "absent")
+    assert "there is no such folder; name the folder of a run" in refusal(tmp_path / "absent")
     folder = reported.write_run(tmp_path / "tiny")
     (folder / "predictions.parquet").unlink()
     assert "predictions.parquet: not a Parquet file (No such file or directory" in refusal(folder)
     (folder / "contract.json").unlink()
-    assert "tiny: no contract.json, with which a training ends" in refusal(folder)
+    assert "tiny: holds no contract.json, the file that a training writes last" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["R/fold-3", "R/mean", "R"])
@@ -87,9 +87,9 @@ def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
     assert read_run(crossed, True).predictions.rows["fold"].to_list() == [0, 1, 0, 1]
     for fold in (0, 1):
         (crossed / f"fold-{fold}").rename(crossed / f"moved-{fold}")
-    assert "no fold-0 beside oof.parquet; train with make cv R=R" in refusal(crossed, True)
+    assert "holds no fold-0 beside oof.parquet; train all folds with make cv R=R" in refusal(crossed, True)
     (crossed / "oof.parquet").unlink()
-    assert "oof.parquet: no such file; make cv R=R writes it" in refusal(crossed, True)
+    assert "oof.parquet: no such file; train all folds with make cv R=R" in refusal(crossed, True)
 
 
 def test_the_agreement_of_an_earlier_training_is_not_shown(tmp_path):
@@ -97,4 +97,4 @@ def test_the_agreement_of_an_earlier_training_is_not_shown(tmp_path):
     reported.write_agreement(folder, recorded=0.5)
     run = read_run(folder)
     assert run.agreement is None
-    assert "agreement.json is of an earlier training or version: `pairwise package`" in run.missing["agreement"]
+    assert "agreement.json is from an earlier training or an earlier version of this project" in run.missing["agreement"]

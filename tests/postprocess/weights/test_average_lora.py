@@ -86,7 +86,7 @@ def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_train
     printed = runs.succeed(run.recipe, *options)
     assert f"the mean of 2 adapters, of rank 16: {first}, {second}" in printed
     assert "the model was trained on these rows" in printed
-    assert "no record: a mean of runs was not trained as such" in printed
+    assert "this is a mean of runs, which was not trained itself" in printed
     mean = run.folder / "mean"
     metrics = json.loads((mean / "metrics.json").read_text())
     assert (metrics["rows_were_trained_on"], metrics["fold"], metrics["rows"]) == (True, "all", 24)
@@ -108,11 +108,11 @@ def put_nan(tensors):
 
 
 BAD = [
-    (with_json("contract.json", budget_tokens=64), "budget_tokens is not that of"),
-    (in_adapter(lambda tensors: tensors.pop(SCORE)), "score.weight is in it or in"),
+    (with_json("contract.json", budget_tokens=64), "budget_tokens has another value than in"),
+    (in_adapter(lambda tensors: tensors.pop(SCORE)), "score.weight is only in this adapter or only in"),
     (in_adapter(put_nan), "lora_A.weight is not finite; train again"),
-    (with_json("adapter_config.json", lora_alpha=32), "lora_alpha is not that of"),
-    (with_json("config.json", quantization_config={}), "quantization_config is not that of"),
+    (with_json("adapter_config.json", lora_alpha=32), "lora_alpha has another value than in"),
+    (with_json("config.json", quantization_config={}), "quantization_config has another value than in"),
     (
         with_json("adapter_config.json", alpha_pattern={"q_proj(": 8}),
         "alpha_pattern.q_proj(.[key]: Input should be a valid regular expression",
@@ -133,7 +133,7 @@ def test_runs_that_have_no_mean_are_one_line_and_leave_no_package(damage, messag
 def test_dora_has_no_mean_that_is_an_adapter(made, tmp_path):
     run = made("llama", lora={"use_dora": True})
     folders = [fold(run, tmp_path / f"fold-{seed}", seed) for seed in range(2)]
-    with pytest.raises(UserError, match="was trained with DoRA, which rescales rows"):
+    with pytest.raises(UserError, match="was trained with DoRA, which also rescales the base's weights"):
         averaged(tmp_path / "mean", folders)
 
 
@@ -142,7 +142,7 @@ def test_the_mean_of_itself_is_refused_before_it_is_touched(copied, tmp_path):
     mean = fold(run, run.folder / "mean", 1)
     before = {path.name: path.read_bytes() for path in mean.iterdir()}
     error = runs.refuse(run.recipe, "--adapter", str(mean))
-    assert "the mean is written there; name the runs that it is the mean of" in error
+    assert "the mean itself is written to this folder; name the runs that it is the mean of" in error
     assert {path.name: path.read_bytes() for path in mean.iterdir()} == before
 
 
@@ -153,14 +153,14 @@ def test_a_recipe_without_training_has_no_adapters(copied):
     del values["adapter"], values["lora_target_modules"]
     run.recipe.write_text(yaml.safe_dump(values))
     error = runs.refuse(run.recipe, "--adapter", ".")
-    assert "train: false, so that there are no adapters; leave out --adapter" in error
+    assert "nothing is trained and there are no adapters to average; leave out --adapter" in error
 
 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ("fold-0", "--adapter: a folder is named twice; each run counts once"),
-        ("absent", "absent: no adapter_model.safetensors; --adapter takes the folder of a trained LoRA run"),
+        ("fold-0", "--adapter: a folder is named twice; name each run once"),
+        ("absent", "absent: there is no adapter_model.safetensors; --adapter takes the folder of a trained LoRA run"),
     ],
 )
 def test_adapters_that_make_no_sense_are_one_line(second, message, copied, tmp_path):

@@ -154,21 +154,21 @@ def with_nan_in_base(run):
 
 SCORE, LAYER = "base_model.model.score.weight", "base_model.model.model.layers.0.mlp.up_proj"
 DAMAGE = [
-    (in_adapter(lambda tensors: tensors.pop(SCORE)), "no head"),
+    (in_adapter(lambda tensors: tensors.pop(SCORE)), "the adapter has no head"),
     (with_tensors({"base_model.model.model.layers.7.mlp.bias": torch.zeros(3)}), "layers.7.mlp.bias is not part of Gemma2"),
     (with_tensors({f"{LAYER}.lora_A.weight": torch.zeros(8, 96)}), "an adapter of another base"),
     (in_adapter(lambda tensors: tensors.pop(f"{LAYER}.lora_B.weight")), "up_proj.weight has no lora_B"),
     (in_adapter(lambda tensors: tensors[SCORE].fill_(float("nan"))), "score.weight is not finite; train again"),
     (with_nan_in_base, "is not finite; fetch the model again"),
     (in_adapter(lambda tensors: tensors[SCORE].fill_(70000)), "score.weight is not finite once it is torch.float16"),
-    (with_tensors({SCORE: torch.zeros(3, 64)}), r"score.weight has the shape \[3, 64\], the model needs \[2, 64\]"),
-    (cut_short, "not a whole safetensors file"),
+    (with_tensors({SCORE: torch.zeros(3, 64)}), r"score.weight has the shape \[3, 64\], but the model needs \[2, 64\]"),
+    (cut_short, "not a complete safetensors file"),
     (with_json("adapter_config.json", init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    (with_json("adapter_config.json", use_bdlora=True), "use_bdlora: this kind of LoRA cannot be merged"),
+    (with_json("adapter_config.json", use_bdlora=True), "use_bdlora is set, and this kind of LoRA cannot be merged"),
     (with_json("adapter_config.json", peft_type="IA3"), "peft_type is 'IA3'"),
     (
         with_json("adapter_config.json", r=16),
-        r"size mismatch for .*64, 8\]\) from checkpoint.* of other settings than",
+        r"size mismatch for .*64, 8\]\) from checkpoint.* is not its own",
     ),
 ]
 

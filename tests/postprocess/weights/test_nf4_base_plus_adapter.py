@@ -49,7 +49,7 @@ def test_four_bits_of_another_kind_are_refused(copied, opened, tmp_path):
     run = copied(**QLORA)
     config = run.folder / "config.json"
     config.write_text(config.read_text().replace('"nf4"', '"fp4"'))
-    with pytest.raises(UserError, match="the base was not trained in nf4"):
+    with pytest.raises(UserError, match="the base was quantised in training, but not to nf4"):
         unmerged(opened(run), tmp_path / "unmerged")
     assert not (tmp_path / "unmerged").exists()
 

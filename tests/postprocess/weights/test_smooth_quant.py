@@ -68,8 +68,8 @@ def test_without_rounding_the_smoothed_model_is_the_same(kind, copied, opened, t
 @pytest.mark.parametrize(
     ("kind", "training_rows", "line"),
     [
-        ("bert", 30, "int8 as it is: SmoothQuant is for gemma2, llama, mistral, qwen2, qwen3, this is a bert"),
-        ("gemma2", 0, "int8 as it is, without SmoothQuant: "),
+        ("bert", 30, "int8 without SmoothQuant, which is for gemma2, llama, mistral, qwen2, qwen3; this is a bert"),
+        ("gemma2", 0, "int8 without SmoothQuant: "),
     ],
 )
 def test_what_cannot_be_smoothed_is_said(kind, training_rows, line, made, opened, tmp_path, capsys):

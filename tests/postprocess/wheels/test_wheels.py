@@ -137,14 +137,14 @@ def test_a_folder_is_not_current_for_another_slug_or_list(finished, index):
 def test_a_wheel_that_is_missing_or_for_another_machine_is_refused(finished, index, tag):
     build.WHEELS.write_text(build.WHEELS.read_text() + write_wheel(index / f"gamma-1.0-{tag}.whl"))
     line = refused(finished)
-    assert line.startswith("error: kaggle-wheels.txt: pip download for Python 3.12 on Linux: ERROR: ")
+    assert line.startswith("error: kaggle-wheels.txt: pip download for Python 3.12 on Linux failed: ERROR: ")
     assert "No matching distribution found for gamma==1.0" in line
 
 
 def test_wheels_that_do_not_install_from_the_folder_alone_are_refused(index, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError, match="pip install for Python 3.12 on Linux: .* No matching distribution found for alpha-kit"
+        UserError, match="pip install for Python 3.12 on Linux failed: .* No matching distribution found for alpha-kit"
     ):
         build.check_installs(tmp_path / "empty")
 
@@ -161,13 +161,13 @@ def test_another_hash_or_none_is_refused(index, tmp_path):
 def test_a_folder_or_file_of_something_else_is_not_replaced(index, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    assert "thesis: holds chapter.txt, no wheel; name a folder of its own" in refused(tmp_path / "thesis")
-    assert run(tmp_path / "thesis" / "chapter.txt").output.endswith("chapter.txt: a file; name a folder\n")
+    assert "thesis: holds chapter.txt, which is no wheel and would be deleted" in refused(tmp_path / "thesis")
+    assert run(tmp_path / "thesis" / "chapter.txt").output.endswith("chapter.txt: this is a file; name a folder\n")
     assert contents(tmp_path / "thesis") == {"chapter.txt": b"years of work"}
 
 
 def test_a_slug_that_kaggle_would_refuse_is_refused(index, tmp_path):
-    assert refused(tmp_path / "out", "--slug", "short").startswith("error: --slug: 'short'; Kaggle takes 6 to 50 of")
+    assert refused(tmp_path / "out", "--slug", "short").startswith("error: --slug: 'short' cannot be a dataset's name")
 
 
 def test_a_licence_gets_kaggles_name():

@@ -193,7 +193,7 @@ def with_block(**keys):
 
 DAMAGE = [
     (leave_weights, "holds adapter_model.safetensors of a training, but"),
-    (with_keys(base_model="./gone"), "./gone: the base model in"),
+    (with_keys(base_model="./gone"), "names this as the base model"),
     (with_keys(special_tokens={"pad_token": "<new>"}), "are not all in the vocabulary of"),
     (with_block(head="score"), "has no score.weight, so that its answers would be random"),
     (with_block(budget_tokens=5000), "budget_tokens: 5000, but the base model has 4096 positions"),
