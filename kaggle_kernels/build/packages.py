@@ -112,10 +112,10 @@ def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
         comparisons.append(("contract.json", key, getattr(block, key)))
 
     for name, key, expected in comparisons:
-        found = read_object(folder / name).get(key)
-        if found != expected:
+        packaged = read_object(folder / name).get(key)
+        if packaged != expected:
             raise UserError(
-                f"{folder / name}: {key}: found {found}, {fit.recipe.path} says {expected}, which the "
+                f"{folder / name}: {key}: found {packaged}, {fit.recipe.path} says {expected}, which the "
                 "kernel was built for; train and package again with this recipe, or put the recipe back"
             )
 

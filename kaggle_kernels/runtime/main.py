@@ -257,9 +257,7 @@ def report_visible_run(
         `rows` (the number of train rows), `quality` unless a model was trained on them, and
         `predicted`: the seconds of the hidden run by its number of rows.
     """
-    settings = job.inputs.settings
-    clock = job.inputs.clock
-    passes = job.progress.passes
+    settings, clock, passes = job.inputs.settings, job.inputs.clock, job.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
 
     # Rows that a model was trained on tell nothing of its quality.

@@ -97,10 +97,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
 
 
 def read_winner(row: Mapping, settings: Settings) -> str | None:
-    """Read a train row's verdict; None where it has none.
-
-    A file has one column with the verdict's name, or a column for each verdict with 1 for the winner.
-    """
+    """Read a train row's verdict from a column with its name, or from a column for each verdict; None without one."""
     if settings.verdict_form == "name":
         [column] = settings.verdict_columns
         return row[column]
@@ -199,10 +196,7 @@ def describe_quality(quality: Mapping) -> str:
 
 
 def describe_finish(finish: Mapping, clock_seconds: float) -> str:
-    """Write a line for the log: a prediction of `predict_finish`, beside the seconds that are allowed.
-
-    It becomes a warning where some rows will not be scored, and get the prior.
-    """
+    """Write a prediction for the log, beside the seconds allowed; a warning where rows will be left to the prior."""
     line = (
         f"predicted for {finish['rows']:,} rows: every row scored once after "
         f"{format_hours(finish['first_order_seconds'])}, everything after "

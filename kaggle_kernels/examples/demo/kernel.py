@@ -397,9 +397,7 @@ def report_visible_run(
     job: ScoringJob, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
     """Log what the visible run shows of the hidden run, and return it for kernel.json."""
-    settings = job.inputs.settings
-    clock = job.inputs.clock
-    passes = job.progress.passes
+    settings, clock, passes = job.inputs.settings, job.inputs.clock, job.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
 
     # Rows that a model was trained on tell nothing of its quality.
@@ -577,11 +575,7 @@ def score_all(job: ScoringJob) -> None:
 
 
 def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
-    """Leave out the package that failed with `error`; raise the error unless the kernel should go on without it.
-
-    In the visible run it should not, so that the failure shows; nor where no other package is left and
-    no pass was made.
-    """
+    """Leave out the package that failed with `error`, in the hidden run and while another one works; else raise it."""
     job.progress.packages.remove(number)
     another_works = bool(job.progress.packages or job.progress.passes)
     if not is_hidden_run() or not another_works:
@@ -725,10 +719,8 @@ def log_plan(job: ScoringJob, plan: Sequence[PlannedPass]) -> None:
 
 def load_package(job: ScoringJob, number: int) -> list[Worker]:
     """Start workers on the devices that still work, which load a package."""
-    inputs = job.inputs
-    devices = job.progress.devices
-    settings = inputs.settings
-    package = inputs.packages[number]
+    inputs, devices = job.inputs, job.progress.devices
+    package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
 
     # The layers of a split model were placed for all of the devices.
@@ -754,10 +746,8 @@ def stop_workers(job: ScoringJob, workers: list[Worker]) -> None:
 
 def score_pass(job: ScoringJob, next_pass: NextPass, workers: Sequence[Worker]) -> None:
     """Score the rows of a pass, and note the result."""
-    number = next_pass.package
-    order = next_pass.order
-    package = job.inputs.packages[number]
-    clock = job.inputs.clock
+    number, order = next_pass.package, next_pass.order
+    package, clock = job.inputs.packages[number], job.inputs.clock
     label = f"{package.folder.name}, {order}"
 
     # The rows of the first pass are encoded here while the workers load.
@@ -971,10 +961,7 @@ def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe.
-
-    So it need not wait for the next batch when it has scored one.
-    """
+    """Give a worker the batches that it can score at once, and one more, so that it never waits for the next."""
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
@@ -2125,10 +2112,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
 
 
 def read_winner(row: Mapping, settings: Settings) -> str | None:
-    """Read a train row's verdict; None where it has none.
-
-    A file has one column with the verdict's name, or a column for each verdict with 1 for the winner.
-    """
+    """Read a train row's verdict from a column with its name, or from a column for each verdict; None without one."""
     if settings.verdict_form == "name":
         [column] = settings.verdict_columns
         return row[column]
@@ -2205,10 +2189,7 @@ def describe_quality(quality: Mapping) -> str:
 
 
 def describe_finish(finish: Mapping, clock_seconds: float) -> str:
-    """Write a line for the log: a prediction of `predict_finish`, beside the seconds that are allowed.
-
-    It becomes a warning where some rows will not be scored, and get the prior.
-    """
+    """Write a prediction for the log, beside the seconds allowed; a warning where rows will be left to the prior."""
     line = (
         f"predicted for {finish['rows']:,} rows: every row scored once after "
         f"{format_hours(finish['first_order_seconds'])}, everything after "

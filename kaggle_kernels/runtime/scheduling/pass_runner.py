@@ -120,10 +120,7 @@ def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe.
-
-    So it need not wait for the next batch when it has scored one.
-    """
+    """Give a worker the batches that it can score at once, and one more, so that it never waits for the next."""
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:

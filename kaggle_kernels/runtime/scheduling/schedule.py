@@ -184,11 +184,7 @@ def score_all(job: ScoringJob) -> None:
 
 
 def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
-    """Leave out the package that failed with `error`; raise the error unless the kernel should go on without it.
-
-    In the visible run it should not, so that the failure shows; nor where no other package is left and
-    no pass was made.
-    """
+    """Leave out the package that failed with `error`, in the hidden run and while another one works; else raise it."""
     job.progress.packages.remove(number)
     another_works = bool(job.progress.packages or job.progress.passes)
     if not is_hidden_run() or not another_works:
@@ -349,10 +345,8 @@ def load_package(job: ScoringJob, number: int) -> list[Worker]:
     Raises:
         LoadError: No device is left, or a model that is split would lack one of them.
     """
-    inputs = job.inputs
-    devices = job.progress.devices
-    settings = inputs.settings
-    package = inputs.packages[number]
+    inputs, devices = job.inputs, job.progress.devices
+    package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
 
     # The layers of a split model were placed for all of the devices.
@@ -383,10 +377,8 @@ def score_pass(job: ScoringJob, next_pass: NextPass, workers: Sequence[Worker]) 
         PackageError: The last worker that is left refuses the package.
         LoadError: No worker could load it.
     """
-    number = next_pass.package
-    order = next_pass.order
-    package = job.inputs.packages[number]
-    clock = job.inputs.clock
+    number, order = next_pass.package, next_pass.order
+    package, clock = job.inputs.packages[number], job.inputs.clock
     label = f"{package.folder.name}, {order}"
 
     # The rows of the first pass are encoded here while the workers load.
