@@ -124,15 +124,18 @@ def check_base_model(folder: Path, recipe: Recipe) -> None:
     """Raise UserError where the package was trained from another base model than the recipe's."""
     base_model = recipe.axolotl["base_model"]
     trained_from = str(read_object(folder / "contract.json").get("base_model"))
+    if is_same_model(base_model, trained_from):
+        return
 
-    # `axolotl train R.yml --base-model FOLDER` trains from a local copy of the recipe's model.
-    is_local_copy = Path(trained_from).exists() and not Path(base_model).exists()
-
-    if not is_same_model(base_model, trained_from) and not is_local_copy:
-        raise UserError(
-            f"{recipe.path}: base_model is {base_model}, but {folder} was trained from {trained_from}; "
-            f"write {trained_from} again, or train, package and build with the new model"
-        )
+    # `axolotl train R.yml --base-model FOLDER` trains from a folder on this machine. It counts as a copy of the
+    # recipe's model where that is a name on the hub.
+    recipe_names_hub = not Path(base_model).exists()
+    if recipe_names_hub and Path(trained_from).exists():
+        return
+    raise UserError(
+        f"{recipe.path}: base_model is {base_model}, but {folder} was trained from {trained_from}; put "
+        f"{trained_from} back into the recipe, or train, package and build with the new model"
+    )
 
 
 def check_weight_bytes(folder: Path, fit: Fit) -> None:

@@ -51,9 +51,16 @@ def check_results(
     winners of the competition or probabilities within (0, 1) that sum to one. scores.parquet must
     have the same ids and answers, and no NaN.
 
+    Args:
+        folder: The folder with the two files.
+        rows: The test rows that the kernel got.
+        competition: What answers have to look like.
+        tolerance: How far probabilities of rows with the same texts may differ.
+
     Returns:
-        The key `checks` of rehearsal.json: `ids`, `scored` and `alike` (rows that have the texts of
-        others) are numbers of rows, `by_model` the number of rows that each run has scored.
+        What rehearsal.json holds under `checks`. Numbers of rows: `ids`, `scored`, `alike` (rows whose texts
+        another row has too) and `by_model` (scored by each run). Of the rows that are alike, how far
+        probabilities differ at most: `largest_difference`, in which `column`, between which two `rows`.
     """
     # Each file by itself, then both together.
     ids = rows["id"].cast(pl.String).to_list()

@@ -125,10 +125,10 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
 
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
-    """Read a text of the test file.
+    """Read a text of the test file, which in some competitions (`are_turns`) is a JSON list of turns.
 
     Returns:
-        The turns, each a string or None; or else the text itself. None where there is none.
+        The list of turns, each a string or None. A text that is no such list stays as it is.
     """
     if not are_turns or not isinstance(value, str):
         return value

@@ -181,6 +181,7 @@ def make_strip_scale(table_rows: Sequence[TableRow], column: str) -> svg.Scale:
 
 def draw_orders(scored: ScoredRows) -> Markup:
     """Draw P(A) of each row in the order as given and swapped; rows that flip stand out."""
+    # Of the axes (rows, orders, verdicts), order 0 is the one as given and order 1 the swapped one.
     place_of_a = scored.verdicts.index("model_a")
     as_given_r = scored.probabilities_rov[:, 0, place_of_a]
     swapped_r = scored.probabilities_rov[:, 1, place_of_a]

@@ -1808,7 +1808,7 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
 
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
-    """Read a text of the test file."""
+    """Read a text of the test file, which in some competitions (`are_turns`) is a JSON list of turns."""
     if not are_turns or not isinstance(value, str):
         return value
 
