@@ -184,7 +184,7 @@ def test_two_ray_workers_write_the_labels_of_one_process(teacher, monkeypatch):
 
     shutil.rmtree(teacher.folder / "fold-1" / "labels")
     result = label(teacher, "--ray", "99")
-    assert (result.exit_code, "--ray 99: the cluster has " in result.output) == (2, True), result.output
+    assert (result.exit_code, "--ray 99: the Ray cluster has only " in result.output) == (2, True), result.output
 
 
 @pytest.mark.slow
