@@ -87,4 +87,5 @@ def test_a_new_recipe_becomes_a_kernel_that_submits(kind, head, tiny_models, tmp
     twin = tiny.twin(tmp_path / "recipes/newcomer.yml", tmp_path / "outputs", tiny_models(kind), pairs)
     forked.train(twin)
     package_recipe(read_recipe(twin))
-    rehearse_twelve_rows(tmp_path / "kaggle_kernels/specs/newcomer.yml", tmp_path)
+    rehearsal = rehearse_twelve_rows(tmp_path / "kaggle_kernels/specs/newcomer.yml", tmp_path)
+    assert read_json(rehearsal / "kernel.json")["scored"] == 12

@@ -238,7 +238,8 @@ def measure_ensemble(spec: Spec) -> dict | None:
     They are mixed as the kernel does it, with the spec's weights and the kernel's temperature.
 
     Returns:
-        rows, accuracy, log_loss and brier_score; None where a run's rows are absent, or its package is of an earlier training.
+        rows, accuracy, log_loss and brier_score; None where the runs' rows are absent or do not go together, or
+        where a package is of an earlier training.
     """
     # Training writes a contract, and packaging copies it. Where the two differ, the run was trained
     # again since, and its rows say nothing of the weights in the package.
@@ -249,7 +250,7 @@ def measure_ensemble(spec: Spec) -> dict | None:
         if contract_of_run is None or contract_of_run != contract_of_package:
             return None
 
-    # Nobody has to train the runs on the same folds: without rows in common there is no measurement.
+    # Runs may lack their rows, have none in common, or contradict each other: then there is no measurement.
     try:
         rows = read_rows(spec)
     except UserError:

@@ -111,8 +111,10 @@ def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
     for key in AS_TRAINED:
         comparisons.append(("contract.json", key, getattr(block, key)))
 
+    names = ("contract.json", "config.json", MANIFEST)
+    values_by_file = {name: read_object(folder / name) for name in names}
     for name, key, expected in comparisons:
-        packaged = read_object(folder / name).get(key)
+        packaged = values_by_file[name].get(key)
         if packaged != expected:
             raise UserError(
                 f"{folder / name}: {key}: found {packaged}, {fit.recipe.path} says {expected}, which the "

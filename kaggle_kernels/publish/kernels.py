@@ -162,7 +162,7 @@ def drop_hidden_versions(expected: list[str], actual: list[str]) -> list[str]:
 
 
 def may_be_hidden(key: str, expected: object, actual: object) -> bool:
-    """Tell whether a value of the metadata is absent only because Kaggle does not show it."""
+    """Tell whether a value of the metadata may be absent because Kaggle does not show it, which is no difference."""
     if actual:
         return False
 

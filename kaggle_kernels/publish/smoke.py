@@ -72,7 +72,7 @@ def smoke(pace: Pace, yes: bool) -> None:
 
 
 def try_calls(kaggle: Kaggle, slug: str, work: Path) -> None:
-    """Publish two versions of a dataset and a kernel that reads the second; UserError unless its run found the file."""
+    """Publish two versions of a dataset, and a kernel that names the second; UserError unless its run sees data.bin."""
     for content in (b"a", b"b"):
         publish_dataset(kaggle, write_folder(work / "dataset", slug, content, kaggle.owner))
 

@@ -71,7 +71,8 @@ def end_clock(*_):
 sys.addaudithook(refuse)
 signal.signal(signal.SIGUSR1, end_clock)  # fault_injection.py sends it
 
-# Python looks for garbage among all that was imported, which takes a second of each process.
+# For tests to be fast: Python would look for garbage among all that was imported, a second in each
+# process. Nothing that a kernel computes depends on it.
 gc.set_threshold(10_000)
 atexit.register(gc.freeze)
 '''
@@ -185,7 +186,7 @@ def await_end(process: subprocess.Popen[str], began: float) -> float:
     A process that outlives the kernel would hold its log open, and reading that would never end.
 
     Returns:
-        The seconds of the kernel's own process, which `began` at that time.monotonic.
+        How many seconds the kernel's own process ran. `began` is the time.monotonic() of its start.
     """
     process.wait()
     seconds = time.monotonic() - began

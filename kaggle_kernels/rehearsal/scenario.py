@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Scenario:
-    """The options of `rehearse`, which names the fields. By default the kernel runs undisturbed on the file's own rows."""
+    """The options of `rehearse`, by its parameters' names. By default the kernel runs undisturbed on the file's own rows."""
 
     # How the test rows differ from the file's: see rows.py.
     size: int | None = None  # number of rows to draw from the file; None: all of them, once

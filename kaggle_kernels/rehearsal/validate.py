@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from postprocess.report.predictions import read_table
 from preprocess.competitions import Competition
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
@@ -201,7 +200,12 @@ def read_scores(path: Path, ids: Sequence[str], verdicts: Sequence[str]) -> pl.D
     Returns:
         The table with its ids as text. Each verdict has a column p_VERDICT of final probabilities.
     """
-    scores = read_table(path)
+    try:
+        scores = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read: {message}; the kernel's log says why") from None
+
     final_columns = [f"p_{verdict}" for verdict in verdicts]
     missing = {"id", "scored", *final_columns} - set(scores.columns)
     if missing:

@@ -143,7 +143,8 @@ def advise(run: Run, report: dict) -> str:
     if is_merging_good and is_quantised:
         return advise_less_rounding(packaged, quantize)
 
-    # Otherwise merging is to blame. Where an unmerged package was compared too, no other kind is left.
+    # Otherwise merging is to blame, or float16 where no adapter was merged. Where an unmerged package
+    # was compared too, no other kind is left.
     if "unmerged" in mean_differences:
         return (
             "no other kind of package would be nearer to the trained model: raise the tolerance if this "
@@ -155,10 +156,11 @@ def advise(run: Run, report: dict) -> str:
             "adapter: unmerged"
         )
 
-    # A full fine-tune has no adapter: only float16 can have changed it.
-    return (
-        f"float16 alone changes probabilities by {merged_mean:.4f}: train it again with fp16: true"
-    )
+    # Without an adapter nothing was merged: only float16 can have changed the model.
+    change = f"float16 alone changes probabilities by {merged_mean:.4f}"
+    if not run.recipe.pairwise.train:
+        return f"{change}: choose another base model, or raise the tolerance if this is near enough"
+    return f"{change}: train it again with fp16: true"
 
 
 def advise_less_rounding(packaged: str, quantize: str) -> str:

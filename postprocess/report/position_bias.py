@@ -26,7 +26,7 @@ class PositionBias:
 
 
 def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
-    """Measure how much verdicts depend on which answer stands first; None if no probability does."""
+    """Measure how much verdicts depend on which answer stands first; None if the order changes none."""
     as_given_rv = scored.probabilities_rov[:, 0]
     swapped_rv = scored.probabilities_rov[:, 1]
 

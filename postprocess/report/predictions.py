@@ -151,7 +151,7 @@ def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
 
 
 def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
-    """Find out whether packaged and trained model were compared on these predictions, or on earlier ones.
+    """Find out whether packaged and trained model were compared on these predictions, and not on earlier ones.
 
     Args:
         agreement_rows: agreement.parquet: two rows a pair, one for each order, with the

@@ -75,8 +75,8 @@ def make_scale(values: Iterable[float], is_tight: bool = False) -> Scale:
     if not finite:
         finite = [0.0, 1.0]
 
-    # Equal values need a range too: half of the value on either side.
-    low, high = nonsingular(min(finite), max(finite), expander=0.5)
+    # Values that are equal but for rounding need a range too: half of the value on either side.
+    low, high = nonsingular(min(finite), max(finite), expander=0.5, tiny=1e-12)
 
     # Matplotlib's ticks lie on round numbers and enclose the values.
     locator = MaxNLocator(nbins=4, steps=ROUND_STEPS)

@@ -64,7 +64,7 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
         bias = find_logit_bias(logits_rov, contract.verdicts)
         contract = replace(contract, logit_bias=bias)
         run = replace(run, contract=contract)
-        # It is -d/2 for model_a and d/2 for model_b.
+        # The bias of model_b is half of what the first answer's logit has too much, that of model_a minus half.
         position_bias = 2 * bias[contract.verdicts.index("model_b")]
         print(f"  position bias: {position_bias:+.3f} on the first answer's logit, cancelled")
     end_of_calibration = time.monotonic()

@@ -38,8 +38,9 @@ def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[fl
         probabilities_bv = softmax(logits_bv + bias * direction_v)
         return (probabilities_bv[:, first] - probabilities_bv[:, second]).mean()
 
-    # The preference falls as the bias grows. Beyond the smallest and the largest margin, every row
-    # prefers the same place: its zero lies between them.
+    # The mean preference falls as the bias grows. Below the smallest margin every row prefers the first
+    # place, above the largest one the second: in between, the mean is zero. Going 1 beyond both margins
+    # keeps rounding from giving the two ends one sign, which bisect refuses.
     margins_b = logits_bv[:, first] - logits_bv[:, second]
     bias = bisect(measure_preference, margins_b.min() - 1, margins_b.max() + 1)
     return tuple(float(number) for number in bias * direction_v)

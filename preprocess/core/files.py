@@ -194,7 +194,7 @@ def read_object(path: Path | str) -> dict:
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: expected an object, found {type(values).__name__}; "
-            "write it again with the command that made it"
+            "restore it, or write it again with the command that made it"
         )
     return values
 

@@ -32,7 +32,7 @@ KEPT_BACK = {
 
 @functools.cache
 def prepare_imports() -> None:
-    """Keep back useless warnings of libraries, keep them from running code from a hub, and leave them faster."""
+    """Keep back useless warnings of libraries, keep them from running code from a hub, and let Python end at once."""
     for logger_name, beginning in KEPT_BACK.items():
         logging.getLogger(logger_name).addFilter(without(beginning))
     # Polars and datasets sort by an argument that PyArrow has renamed.

@@ -26,7 +26,7 @@ AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 @click.option(
     "--join", "only_join", is_flag=True, help="Train nothing; join the folds that are trained."
 )
-@click.option("--base-model", help="Axolotl's; another one than the recipe's.")
+@click.option("--base-model", help="Train from this base model, not the recipe's; before `--`.")
 @click.argument("axolotl_options", nargs=-1, type=click.UNPROCESSED)
 @exits_with_2
 def main(

@@ -288,7 +288,7 @@ class PairwisePlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
-        # The block sets the loss: smoothing, R-Drop and the teachers' part.
+        # It sets the loss: label smoothing, focal loss, R-Drop and the teachers' part.
         trainer.block = self.block
         if self.block.r_drop > 0:
             with stopping_on_errors(self.recipe):

@@ -65,9 +65,12 @@ def test_the_longer_answer_wins_as_often_as_counted_by_hand(tmp_path, out):
     assert line.split()[-4:] == ["50.0%", "25.0%", "25.0%", "66.7%"]
 
 
-def test_running_again_gives_the_same_bytes(train, out):
+def test_running_again_gives_the_same_bytes_and_the_output_is_a_source_itself(train, out):
     first_run = run(train, "--out", out).output, out.read_bytes()
     assert (run(train, "--out", out).output, out.read_bytes()) == first_run
+    copy = out.with_name("copy.parquet")
+    assert run(out, "--out", copy).exit_code == 0
+    assert pl.read_parquet(copy).equals(pl.read_parquet(out))
 
 
 def test_a_prompt_of_a_held_back_file_is_a_leak_and_nothing_is_written(train, out, tmp_path):

@@ -949,7 +949,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
-    """List the workers that the pass must wait for: those that have a batch, or still load the model."""
+    """List the workers that the pass must wait for: those that have a batch, or still load and could get one."""
     # A worker that still loads is needed while there is a batch that it could score in time.
     has_work_left = bool(work.queue) and time.monotonic() < work.deadline
     busy = []
@@ -2609,7 +2609,7 @@ def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool)
     if contract.head == "label_tokens":
         return [len(ids) - 1 for ids in sequences]
 
-    # transformers' classifiers read the last token of a decoder that is not the pad id.
+    # The classifiers that transformers makes of decoders read the last token that is not padding.
     if is_decoder:
         return [find_last_token(ids, contract.pad_token_id) for ids in sequences]
 

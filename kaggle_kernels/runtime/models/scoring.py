@@ -297,7 +297,7 @@ def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool)
     if contract.head == "label_tokens":
         return [len(ids) - 1 for ids in sequences]
 
-    # transformers' classifiers read the last token of a decoder that is not the pad id.
+    # The classifiers that transformers makes of decoders read the last token that is not padding.
     if is_decoder:
         return [find_last_token(ids, contract.pad_token_id) for ids in sequences]
 

@@ -108,7 +108,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
-    """List the workers that the pass must wait for: those that have a batch, or still load the model."""
+    """List the workers that the pass must wait for: those that have a batch, or still load and could get one."""
     # A worker that still loads is needed while there is a batch that it could score in time.
     has_work_left = bool(work.queue) and time.monotonic() < work.deadline
     busy = []

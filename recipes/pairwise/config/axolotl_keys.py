@@ -115,7 +115,7 @@ def key_problems(key: object, value: object, plugins: object) -> list[str]:
         return []
     if key in REFUSED:
         return [f"{key}: refused, {REFUSED[key]}"]
-    # The plugin would overwrite the value, and the user would not notice.
+    # The plugin or Axolotl would overwrite the value, and the user would not notice.
     if key in SET_BY_THE_BLOCK:
         return [f"{key}: refused, it follows from {SET_BY_THE_BLOCK[key]}; remove it"]
 
@@ -226,8 +226,8 @@ def adapter_problems(values: dict) -> Iterator[str]:
         key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED
     ]
     if lora_keys and "adapter" not in values:
-        key = lora_keys[0]
-        yield f"adapter: missing, so {key} has no effect and every weight is trained; set adapter: lora, or remove {key}"
+        keys = ", ".join(lora_keys)
+        yield f"adapter: missing, so every weight is trained without regard to {keys}; set adapter: lora, or remove these"
 
     # Axolotl would load the base model in 16 bits.
     if adapter == "qlora" and values.get("load_in_4bit") is not True:

@@ -55,7 +55,7 @@ class PackageBlock(_Strict):
     """How `python -m postprocess` turns the run into a Kaggle dataset."""
 
     quantize: Literal["none", "nf4", "int8", "gptq4", "gptq8"] = "none"
-    """4 bits (nf4), 8 bits (int8), 4 or 8 calibrated on training pairs (gptq, decoders only), float16 (none); not the head"""
+    """nf4: 4 bits; int8: 8 bits; gptq4, gptq8: calibrated on pairs, decoders only; none: float16. The head has 16 bits"""
     adapter: Literal["merged", "unmerged", "best"] = "merged"
     """of a LoRA run: base and adapter merged; both apart, the base in nf4; or the one that agrees better with training"""
     tolerance: float = Field(0.05, gt=0, le=1)

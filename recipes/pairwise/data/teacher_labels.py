@@ -92,7 +92,7 @@ def read_labels(
 
 
 def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
-    """Check that the labels in a teacher's folder suit a student, by its pairs file and verdicts.
+    """Check that a teacher's labels are of the student's pairs file and verdicts, and of its runs as they are now.
 
     `record` is the teacher's labels.json: it says from which pairs file and which runs the labels were made.
     """

@@ -60,7 +60,7 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
-    """Hold so many GPUs that no other step of this machine holds, and wait for them.
+    """Wait for `count` GPUs that no other step of this machine holds, and hold them; on a cluster, hold none.
 
     Yields:
         The environment for the step's command, in which CUDA shows these GPUs only.

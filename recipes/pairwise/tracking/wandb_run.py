@@ -37,7 +37,7 @@ def check(cfg: dict) -> None:
     Otherwise wandb would ask for a key during the training, when nobody is there to answer.
 
     Raises:
-        UserError: Nobody is logged in, or the recipe names no project.
+        UserError: Nobody is logged in, or use_wandb is set without wandb_project.
     """
     # wandb reads its settings from the environment. Axolotl copies the recipe's there, but later.
     setup_wandb_env_vars(cfg)

@@ -31,7 +31,7 @@ MOST_SPREAD = 0.1
 def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
     """Give a classifier the head that the run starts with, and log which one it is.
 
-    It was loaded with the base model's head, if that has one. `outputs` is how many the run's head has.
+    The classifier was loaded with the base model's head, if that has one. `outputs` is how many the run's head has.
 
     Raises:
         UserError: The head that is to be kept holds no finite numbers, or only zeros.

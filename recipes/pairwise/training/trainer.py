@@ -131,7 +131,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     """
 
     # Set by the plugin.
-    block: PairwiseBlock  # what the recipe adds to cross-entropy
+    block: PairwiseBlock  # the recipe's; its keys on the loss are read here
     model_options: dict = {}  # further arguments of the model's forward
     token_budget_batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
     # Of the training rows: token_budget_batches, or a RowOrder.

@@ -124,12 +124,14 @@ def test_a_package_has_the_bytes_that_were_computed(quantize, package_of):
 
 
 @needs_gptq
-def test_the_same_rows_give_the_same_bytes(package_of, opened, tmp_path):
+def test_the_same_rows_give_the_same_bytes_and_other_rows_others(package_of, opened, tmp_path):
     run, folder, _ = package_of("gptq4")
     merge(opened(run), tmp_path / "merged")
     quantize.quantize(opened(run), tmp_path / "merged", 4, tmp_path / "again")
     first, again = (sha256((path / "model.safetensors").read_bytes()).digest() for path in (folder, tmp_path / "again"))
     assert first == again
+    quantize.quantize(opened(run), tmp_path / "merged", 4, tmp_path / "other", seed=1)
+    assert sha256((tmp_path / "other/model.safetensors").read_bytes()).digest() != first
     assert not list(tmp_path.glob(".*"))
 
 

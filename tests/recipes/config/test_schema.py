@@ -163,7 +163,7 @@ def test_a_plugin_s_keys_are_accepted_where_the_recipe_names_the_plugin():
         ({"warmup_ratio": 5}, "warmup_ratio: expected a number of at least 0 and of at most 1, found 5"),
         (LORA | {"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: expected one of true, false, gaussian, "),
         (LORA | {"lora_target_modules": []}, "lora_target_modules: missing; list the layers that lora is to adapt"),
-        ({"lora_r": 8}, "adapter: missing, so lora_r has no effect and every weight is trained; set adapter: lora"),
+        ({"lora_r": 8}, "adapter: missing, so every weight is trained without regard to lora_r; set adapter: lora"),
         (LORA | {"adapter": "qlora"}, "load_in_4bit: adapter: qlora needs a base model in 4 bits; set load_in_4bit: true"),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}}, "bnb_config_kwargs.bnb_4bit_quant_typ: unknown key; did you"),
         ({"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}}, "bnb_config_kwargs.llm_int8_skip_modules: this list"),

@@ -7,9 +7,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from preprocess.core.files import read_json
-from recipes.pairwise.training.moving_average import MovingAverage
+from recipes.pairwise.training.moving_average import MovingAverage, decay_at
 from tests import forked, tiny
 from tests.recipes import comparable
+
+
+@pytest.mark.parametrize(("step", "decay"), [(1, 2 / 11), (8, 0.5), (1000, 0.9)])
+def test_the_decay_grows_to_its_value(step, decay):
+    assert decay_at(step, 0.9) == decay
 
 
 def run_steps(average: MovingAverage, model: nn.Module, state, arguments, weights: list[float]) -> None:
