@@ -259,7 +259,7 @@ def check_tokenizer_files(folder: Path, contract: Contract) -> None:
         file = folder / name
         if not file.is_file() or sha256(file) != expected_hash:
             raise UserError(
-                f"{file}: missing, or changed since training (contract.json holds another SHA-256); put the "
+                f"{file}: missing or changed since training (contract.json holds another SHA-256); put the "
                 "training's file back, or train again"
             )
 
